@@ -1,0 +1,571 @@
+package tproxy
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// PassthroughAddresses are the addresses from which the proxy hands an inbound
+// connection on to the application, as Envoy's bootstrap in Kuma has them.
+func PassthroughAddresses() (v4, v6 netip.Addr) {
+	return passthrough4.Addr(), passthrough6.Addr()
+}
+
+// The addresses that rules name. They are fixed: no Config changes them.
+var (
+	passthrough4 = netip.MustParsePrefix("127.0.0.6/32")
+	passthrough6 = netip.MustParsePrefix("::6/128")
+	loopback4    = netip.MustParsePrefix("127.0.0.0/8")
+	loopback6    = netip.MustParsePrefix("::1/128")
+
+	passthrough = []netip.Prefix{passthrough4, passthrough6}
+	loopback    = []netip.Prefix{loopback4, loopback6}
+	lo          = rules.OutInterface{Name: "lo"}
+)
+
+// dnsZone is the conntrack zone of redirected queries and of the answers to
+// them. Everything else stays in the default zone, 0.
+const dnsZone = 2
+
+// Validate returns a *ConfigError with every fault of the Config, or nil.
+func (c Config) Validate() error {
+	if f := c.faults(); f != nil {
+		return &ConfigError{f}
+	}
+	return nil
+}
+
+func (c Config) faults() (out []ConfigFault) {
+	fault := func(path string, value any, what, accepted string) {
+		out = append(out, ConfigFault{path, fmt.Sprint(value), what, accepted})
+	}
+	for _, u := range c.ProxyUIDs {
+		if u > rules.MaxUID {
+			fault("kumaDPUser", u, "is no user", "a UID from 0 to 4294967294")
+		}
+	}
+	if len(c.ProxyUIDs) == 0 && c.ProxyUser != "" {
+		if uid, err := strconv.ParseUint(c.ProxyUser, 10, 64); err == nil && uid > rules.MaxUID {
+			fault("kumaDPUser", c.ProxyUser, "is no user", "a user's name or a UID from 0 to 4294967294")
+		} else if err != nil && !validUserName(c.ProxyUser) {
+			fault("kumaDPUser", c.ProxyUser, "is no user name", "a user's name or a UID from 0 to 4294967294")
+		}
+	}
+	if c.IPFamilyMode > IPv4Only {
+		fault("ipFamilyMode", c.IPFamilyMode, "is no mode", "dualstack or ipv4")
+	}
+	if c.Backend > IPTablesLegacy {
+		fault("backend", c.Backend, "is no backend", "auto, iptables-nft or iptables-legacy")
+	}
+	ports := []struct {
+		path string
+		port uint16
+	}{
+		{"redirect.inbound.port", c.InboundPort()},
+		{"redirect.outbound.port", c.OutboundPort()},
+		{"redirect.dns.port", c.DNSPort()},
+	}
+	for i, p := range ports {
+		for _, q := range ports[:i] {
+			if p.port == q.port {
+				fault(p.path, p.port, "is "+q.path+" too", "a port of the proxy for each of inbound, outbound and DNS")
+			}
+		}
+	}
+	for _, l := range []struct {
+		path string
+		ips  []netip.Prefix
+	}{
+		{"redirect.inbound.excludePortsForIPs", c.Inbound.ExcludeIPs},
+		{"redirect.outbound.excludePortsForIPs", c.Outbound.ExcludeIPs},
+	} {
+		for _, p := range l.ips {
+			switch {
+			case !p.IsValid() || p.Addr().Zone() != "" || p.Addr().Is4In6():
+				fault(l.path, p, "is no address", acceptedPrefix)
+			case p != p.Masked():
+				fault(l.path, p, "has host bits set", fmt.Sprintf("%s for the network or %s for the one address", p.Masked(), p.Addr()))
+			}
+		}
+	}
+	for _, e := range c.Outbound.ExcludePortsForUIDs {
+		if e.Protocol != 0 && e.Protocol != rules.TCP && e.Protocol != rules.UDP {
+			fault("redirect.outbound.excludePortsForUIDs", e, "names another protocol", "tcp, udp or *")
+		}
+		if r := e.UIDs.Ranges(); len(r) == 0 || r[len(r)-1].Last > rules.MaxUID {
+			fault("redirect.outbound.excludePortsForUIDs", e, "names no user", "UIDs from 0 to 4294967294")
+		}
+	}
+	if c.Wait > 0 && c.Wait%time.Second != 0 || c.Wait > 1<<31*time.Second {
+		fault("wait", c.Wait, "is not whole seconds", "0 s to 2^31-1 s in whole seconds")
+	}
+	if c.WaitInterval < 0 || c.WaitInterval%time.Microsecond != 0 || c.WaitInterval >= time.Second {
+		fault("waitInterval", c.WaitInterval, "is out of range", "0 µs to 999999 µs")
+	}
+	return out
+}
+
+// validUserName refuses what no name service takes, so that the name can stand
+// in messages: useradd(8), NOTES, less its rule on the case.
+func validUserName(s string) bool {
+	if len(s) == 0 || len(s) > 256 || s[0] == '-' {
+		return false
+	}
+	return !strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r == ':' || r == '/' || r == ',' || r == 0x7f })
+}
+
+// Build turns a Config into a Plan for a host. It is pure: the same Config and
+// Host give the same Plan, and the order of a list never matters.
+//
+// The error is a *ConfigError with all faults of the Config, or a *RefusedError
+// with all reasons for which a valid Config must not be installed on this host:
+// a port by which it is operated would be captured, or DNS would loop.
+func Build(c Config, h Host) (*Plan, error) {
+	faults := c.faults()
+	proxy, err := c.proxy(h)
+	if err != nil && len(faults) == 0 {
+		faults = append(faults, *err)
+	}
+	if faults != nil {
+		return nil, &ConfigError{faults}
+	}
+	p := &Plan{Config: c.canonical(h, proxy), ProxyUIDs: proxy, Host: h}
+	p.Notes = append(p.Notes, h.Notes...)
+	p.families()
+	p.nameservers()
+	var refused []Refusal
+	refused = append(refused, p.lockout()...)
+	refused = append(refused, p.loops()...)
+	if r := p.chooseBackend(); r != nil {
+		refused = append(refused, *r)
+	}
+	if refused != nil {
+		return nil, &RefusedError{refused}
+	}
+	p.Rules = p.set()
+	p.steps()
+	return p, nil
+}
+
+// proxy returns the proxy's users as numbers.
+func (c Config) proxy(h Host) (rules.UIDs, *ConfigFault) {
+	if len(c.ProxyUIDs) > 0 {
+		return rules.UIDsOf(c.ProxyUIDs...), nil
+	}
+	if c.ProxyUser == "" {
+		for _, u := range h.Users {
+			if u.UID == DefaultProxyUID {
+				return rules.UIDsOf(DefaultProxyUID), nil
+			}
+		}
+		for _, u := range h.Users {
+			if u.Name == DefaultProxyUser {
+				return rules.UIDsOf(u.UID), nil
+			}
+		}
+		return rules.UIDsOf(DefaultProxyUID), nil
+	}
+	if uid, err := strconv.ParseUint(c.ProxyUser, 10, 32); err == nil {
+		return rules.UIDsOf(uint32(uid)), nil
+	}
+	for _, u := range h.Users {
+		if u.Name == c.ProxyUser {
+			return rules.UIDsOf(u.UID), nil
+		}
+	}
+	return rules.UIDs{}, &ConfigFault{"kumaDPUser", c.ProxyUser, "is no user of this host",
+		fmt.Sprintf("a user that exists or a UID; to create it: useradd -u %d -U %s", DefaultProxyUID, c.ProxyUser)}
+}
+
+// canonical returns the Config with its defaults filled in and its lists in
+// order.
+func (c Config) canonical(h Host, proxy rules.UIDs) Config {
+	c.ProxyUIDs = nil
+	for _, r := range proxy.Ranges() {
+		for u := uint64(r.First); u <= uint64(r.Last); u++ {
+			c.ProxyUIDs = append(c.ProxyUIDs, UID(u))
+		}
+	}
+	c.Inbound.Port, c.Outbound.Port, c.DNS.Port = c.InboundPort(), c.OutboundPort(), c.DNSPort()
+	c.Inbound.ExcludeIPs = canonicalPrefixes(c.Inbound.ExcludeIPs)
+	c.Outbound.ExcludeIPs = canonicalPrefixes(c.Outbound.ExcludeIPs)
+	c.Outbound.ExcludePortsForUIDs = canonicalExclusions(c.Outbound.ExcludePortsForUIDs)
+	c.DNS.ResolvConf = or(c.DNS.ResolvConf, DefaultResolvConf)
+	c.Wait = or(c.Wait, DefaultWait)
+	c.Pod = c.Pod || h.Pod != ""
+	return c
+}
+
+func (p *Plan) note(format string, args ...any) {
+	p.Notes = append(p.Notes, fmt.Sprintf(format, args...))
+}
+
+func (p *Plan) families() {
+	p.Families = []rules.Family{rules.IPv4}
+	switch {
+	case p.Config.IPFamilyMode == IPv4Only:
+		p.note("IPv6 is left untouched, as the IP family mode ipv4 says")
+	case p.Host.IPv6Off != "":
+		p.note("IPv6 is off here (%s) and left out", p.Host.IPv6Off)
+	default:
+		p.Families = append(p.Families, rules.IPv6)
+	}
+}
+
+// nameservers picks those of resolv.conf whose queries are redirected.
+func (p *Plan) nameservers() {
+	if !p.Config.DNS.On() || p.Config.DNS.CaptureAll {
+		return
+	}
+	for _, f := range p.Families {
+		found := false
+		for _, a := range p.Host.Nameservers {
+			if a = a.Unmap().WithZone(""); a.Is4() == (f == rules.IPv4) {
+				found = true
+				p.Nameservers = append(p.Nameservers, a)
+			}
+		}
+		if !found {
+			p.note("no %s nameserver in %s: %s DNS is not captured", f, p.Config.DNS.ResolvConf, f)
+		}
+	}
+	slices.SortFunc(p.Nameservers, netip.Addr.Compare)
+	p.Nameservers = slices.Compact(p.Nameservers)
+}
+
+// lockout refuses to capture a port by which the machine is operated.
+func (p *Plan) lockout() (out []Refusal) {
+	if p.Config.Inbound.Off || p.Config.Pod {
+		return nil
+	}
+	for _, s := range p.Host.RemoteShells {
+		if p.protectsSSH() && s.Port == SSHPort || p.Config.Inbound.ExcludePorts.Contains(s.Port) {
+			continue
+		}
+		out = append(out, Refusal{
+			fmt.Sprintf("port %d is a way into this host (%s) and would be captured", s.Port, s.Why),
+			fmt.Sprintf("add --exclude-inbound-ports %d", s.Port),
+		})
+	}
+	return out
+}
+
+func (p *Plan) protectsSSH() bool { return !p.Config.Pod && !p.Config.Inbound.CaptureSSH }
+
+// loops refuses DNS redirection that would come back to itself: the proxy asks
+// a local resolver, whose own query upstream would be redirected to the proxy.
+// A resolver with a user of its own is left alone by that user.
+func (p *Plan) loops() (out []Refusal) {
+	d := p.Config.DNS
+	if !d.On() {
+		return nil
+	}
+	for _, r := range p.Host.LocalResolvers {
+		var who string
+		switch {
+		case r.UID == 0:
+			who = "root"
+		case p.ProxyUIDs.Contains(r.UID):
+			who = "the proxy"
+		default:
+			continue
+		}
+		others := slices.ContainsFunc(p.Nameservers, func(a netip.Addr) bool { return a != r.Address })
+		if !d.CaptureAll && !others {
+			if r.UID == 0 {
+				p.note("the local resolver %s runs as root, so no DNS query of root's processes is captured", r)
+			}
+			continue
+		}
+		remedy := fmt.Sprintf("run %s as a user of its own", r.Program)
+		if d.CaptureAll {
+			remedy += fmt.Sprintf(", or redirect only what goes to %s (--redirect-dns, with no other nameserver in %s)", r.Address, d.ResolvConf)
+		} else {
+			remedy += fmt.Sprintf(", or leave %s the only nameserver in %s", r.Address, d.ResolvConf)
+		}
+		out = append(out, Refusal{
+			fmt.Sprintf("the local resolver %s runs as the user of %s, so its own queries cannot be told from others and would come back to it for ever", r, who),
+			remedy,
+		})
+	}
+	return out
+}
+
+// chooseBackend decides what holds the rules, from what was observed.
+func (p *Plan) chooseBackend() *Refusal {
+	h, asked := p.Host, p.Config.Backend
+	if len(h.Variants) == 0 {
+		p.Backend, p.BackendWhy = or(asked, IPTablesNFT), "nothing is known of the host"
+		if asked != Auto {
+			p.BackendWhy = "asked for"
+		}
+		return nil
+	}
+	usable := func(v Variant) bool {
+		return !slices.ContainsFunc(p.Families, func(f rules.Family) bool { return !v.Installed(f) })
+	}
+	choose := func(v Variant, why string) *Refusal {
+		p.Backend, p.BackendWhy = v.Backend, why
+		return p.others()
+	}
+	if asked != Auto {
+		v, _ := h.Variant(asked)
+		if v.Backend = asked; !usable(v) {
+			return p.missing(v, "asked for")
+		}
+		return choose(v, "asked for")
+	}
+	var can []Variant
+	for _, v := range h.Variants {
+		if usable(v) {
+			can = append(can, v)
+		}
+	}
+	switch len(can) {
+	case 0:
+		v := h.Variants[0]
+		return p.missing(v, "the only one here")
+	case 1:
+		return choose(can[0], "the only one with all its programs here")
+	}
+	only := func(is func(Variant) bool) (Variant, bool) {
+		i := slices.IndexFunc(can, is)
+		if i < 0 || slices.ContainsFunc(can[i+1:], is) {
+			return Variant{}, false
+		}
+		return can[i], true
+	}
+	if v, ok := only(func(v Variant) bool { return v.Ours }); ok {
+		return choose(v, "our rules are there already")
+	}
+	if v, ok := only(func(v Variant) bool { return v.Rules }); ok {
+		return choose(v, "the other one holds no rules")
+	}
+	if v, ok := only(func(v Variant) bool { return v.Default }); ok {
+		return choose(v, "it is what iptables means on this host")
+	}
+	return choose(can[0], "both are here, and neither is in use")
+}
+
+// missing says which programs of a variant are not installed.
+func (p *Plan) missing(v Variant, why string) *Refusal {
+	var names []string
+	for _, f := range p.Families {
+		if !v.Installed(f) {
+			name := program(v.Backend, f)
+			names = append(names, strings.TrimSuffix(name, "restore")+"save", name)
+		}
+	}
+	r := &Refusal{
+		fmt.Sprintf("%s (%s) cannot be used: %s not found on PATH, /usr/sbin, /sbin, /usr/bin, /bin", v.Backend, why, strings.Join(names, ", ")),
+		"install the package iptables",
+	}
+	if len(p.Families) == 2 && v.Installed(rules.IPv4) {
+		r.Remedy += ", or leave IPv6 untouched with --ip-family-mode=ipv4"
+	}
+	return r
+}
+
+// others refuses when rules of ours in another backend could not be removed.
+func (p *Plan) others() *Refusal {
+	for _, v := range p.Host.Variants {
+		if v.Backend != p.Backend && v.Ours && !v.Installed(rules.IPv4) && !v.Installed(rules.IPv6) {
+			return &Refusal{
+				fmt.Sprintf("rules of ours stand in %s, which would go on beside those in %s, and %s is not installed", v.Backend, p.Backend, program(v.Backend, rules.IPv4)),
+				fmt.Sprintf("install %s, or keep to it with --backend %s", program(v.Backend, rules.IPv4), v.Backend),
+			}
+		}
+	}
+	return nil
+}
+
+func (p *Plan) steps() {
+	if slices.Contains(p.Families, rules.IPv6) && !p.Host.PassthroughAddress {
+		p.Steps = append(p.Steps, AddAddress{passthrough6})
+	}
+	for _, f := range p.Families {
+		p.Steps = append(p.Steps, ReplaceRules{f, p.Backend})
+	}
+	for _, v := range p.Host.Variants {
+		if v.Backend != p.Backend && v.Ours {
+			for _, f := range rules.Families() {
+				p.Steps = append(p.Steps, RemoveRules{f, v.Backend})
+			}
+		}
+	}
+}
+
+// set makes the rules. Their order is that of the rows of section 2 of the
+// contract, and each bears the row's reason.
+func (p *Plan) set() rules.Set {
+	c := p.Config
+	s := rules.Set{NoComments: c.DisableComments}
+	if len(p.Families) == 1 {
+		s.Only = p.Families[0]
+	}
+	nat := func(name string, r []rules.Rule) {
+		s.Chains = append(s.Chains, rules.Chain{Table: rules.NAT, Name: name, Rules: r})
+	}
+	output := rules.BaseChain{Table: rules.NAT, Hook: rules.Output, Place: rules.First}
+	if !c.Inbound.Off {
+		// Behind what is there: a port that Docker published answers as before.
+		s.Bases = append(s.Bases, rules.BaseChain{Table: rules.NAT, Hook: rules.Prerouting, Rules: []rules.Rule{jumpInbound}})
+		nat(chainInbound, p.inbound())
+	}
+	if c.DNS.On() {
+		output.Rules = append(output.Rules, jumpDNS)
+	}
+	output.Rules = append(output.Rules, jumpOutbound)
+	s.Bases = append(s.Bases, output)
+	nat(chainOutbound, p.outbound())
+	nat(chainLoopback, p.loopback())
+	if c.DNS.On() {
+		redirect := p.captured(rules.Redirect{Port: c.DNS.Port}, fmt.Sprintf("goes to the proxy's DNS port %d", c.DNS.Port))
+		nat(chainDNS, append(p.dnsExclusions(), redirect...))
+		if !c.DNS.SkipConntrackZoneSplit {
+			s.Bases = append(s.Bases, rules.BaseChain{Table: rules.Raw, Hook: rules.Output, Place: rules.First, Rules: []rules.Rule{jumpZone}})
+			s.Chains = append(s.Chains,
+				rules.Chain{Table: rules.Raw, Name: chainZone, Rules: p.zone()},
+				rules.Chain{Table: rules.Raw, Name: chainZoneQuery, Rules: append(p.dnsExclusions(), p.zoneQueries()...)})
+		}
+	}
+	nat(chainRecord, Record{PassthroughAddressOurs: slices.Contains(p.Families, rules.IPv6) && !p.Host.PassthroughAddress}.rules())
+	return s
+}
+
+// rule makes a rule; the matches must stand in canonical order.
+func rule(why string, action rules.Action, matches ...rules.Match) rules.Rule {
+	return rules.Rule{Matches: matches, Action: action, Why: why}
+}
+
+// inbound is rows A2 to A5; row A0 and A1 are the jump.
+func (p *Plan) inbound() (out []rules.Rule) {
+	in := p.Config.Inbound
+	if p.protectsSSH() {
+		out = append(out, rule("SSH is protected unless --capture-ssh is given", rules.Return{},
+			rules.TCP, rules.DestinationPorts{Ports: rules.Port(SSHPort)}))
+	}
+	if len(in.ExcludeIPs) > 0 {
+		out = append(out, rule("source excluded by --exclude-inbound-ips", rules.Return{},
+			rules.Source{Prefixes: in.ExcludeIPs}))
+	}
+	if !in.ExcludePorts.IsEmpty() {
+		out = append(out, rule("port excluded by --exclude-inbound-ports", rules.Return{},
+			rules.TCP, rules.DestinationPorts{Ports: in.ExcludePorts}))
+	}
+	return append(out, rule(fmt.Sprintf("inbound goes to the proxy's port %d", in.Port), rules.Redirect{Port: in.Port}, rules.TCP))
+}
+
+// outbound is rows B3 and B5 to B11; what leaves through lo goes to loopback
+// first, so that no other connection pays for its rules.
+func (p *Plan) outbound() (out []rules.Rule) {
+	o := p.Config.Outbound
+	out = append(out, rule("to this host itself", rules.Goto{Chain: chainLoopback}, lo))
+	if o.Off {
+		return out
+	}
+	out = append(out, rule("the proxy's own connections", rules.Return{}, p.owner()))
+	if len(o.ExcludeIPs) > 0 {
+		out = append(out, rule("destination excluded by --exclude-outbound-ips", rules.Return{},
+			rules.Destination{Prefixes: o.ExcludeIPs}))
+	}
+	for _, e := range o.ExcludePortsForUIDs {
+		if e.Protocol == rules.UDP {
+			continue
+		}
+		m := []rules.Match{rules.TCP}
+		if !e.Ports.IsEmpty() {
+			m = append(m, rules.DestinationPorts{Ports: e.Ports})
+		}
+		out = append(out, rule(excludedForUIDs, rules.Return{}, append(m, rules.OwnerUID{UIDs: e.UIDs})...))
+	}
+	if !o.ExcludePorts.IsEmpty() {
+		out = append(out, rule("port excluded by --exclude-outbound-ports", rules.Return{},
+			rules.TCP, rules.DestinationPorts{Ports: o.ExcludePorts}))
+	}
+	if p.Config.DNS.On() {
+		out = append(out, rule("DNS over TCP is not captured", rules.Return{},
+			rules.TCP, rules.DestinationPorts{Ports: rules.Port(53)}))
+	}
+	return append(out, rule(fmt.Sprintf("outbound goes to the proxy's port %d", o.Port), rules.Redirect{Port: o.Port}, rules.TCP))
+}
+
+const excludedForUIDs = "user excluded by --exclude-outbound-ports-for-uids"
+
+// loopback is rows B0, B1, B2 and B4: what leaves through lo.
+func (p *Plan) loopback() []rules.Rule {
+	in, out := p.Config.Inbound, p.Config.Outbound
+	redirects := rules.Port(in.Port).Union(rules.Port(out.Port))
+	r := []rules.Rule{rule("the proxy must not connect to itself: refused", rules.Redirect{Port: 0},
+		rules.TCP, rules.DestinationPorts{Ports: redirects}, p.owner())}
+	if !in.Off {
+		r = append(r,
+			rule("the proxy hands an inbound connection on", rules.Return{},
+				rules.Source{Prefixes: passthrough}),
+			rule("the proxy calls its own host", rules.Jump{Chain: chainInbound},
+				rules.Destination{Prefixes: passthrough[:1]}, p.owner()),
+			rule("the proxy calls its own host", rules.Jump{Chain: chainInbound},
+				rules.Destination{Prefixes: loopback, Not: true}, p.owner()))
+	}
+	return append(r, rule("to this host itself: untouched", rules.Return{}))
+}
+
+func (p *Plan) owner() rules.Match { return rules.OwnerUID{UIDs: p.ProxyUIDs} }
+
+// dnsExclusions is rows C1, C2 and C2a, the same in nat and in raw.
+func (p *Plan) dnsExclusions() (out []rules.Rule) {
+	out = append(out, rule("the proxy's own queries", rules.Return{}, p.owner()))
+	for _, e := range p.Config.Outbound.ExcludePortsForUIDs {
+		if e.Protocol != rules.TCP && (e.Ports.IsEmpty() || e.Ports.Contains(53)) {
+			out = append(out, rule(excludedForUIDs, rules.Return{}, rules.OwnerUID{UIDs: e.UIDs}))
+		}
+	}
+	var resolvers []UID
+	for _, r := range p.Host.LocalResolvers {
+		resolvers = append(resolvers, r.UID)
+	}
+	if len(resolvers) > 0 {
+		out = append(out, rule("a local resolver asks upstream", rules.Return{}, rules.OwnerUID{UIDs: rules.UIDsOf(resolvers...)}))
+	}
+	if ips := p.Config.Outbound.ExcludeIPs; len(ips) > 0 {
+		out = append(out, rule("destination excluded by --exclude-outbound-ips", rules.Return{}, rules.Destination{Prefixes: ips}))
+	}
+	return out
+}
+
+// captured is row C3 with the given action.
+func (p *Plan) captured(action rules.Action, why string) []rules.Rule {
+	if p.Config.DNS.CaptureAll {
+		return []rules.Rule{rule("every DNS query "+why, action, rules.UDP, rules.DestinationPorts{Ports: rules.Port(53)})}
+	}
+	if len(p.Nameservers) == 0 {
+		return nil
+	}
+	servers := make([]netip.Prefix, len(p.Nameservers))
+	for i, a := range p.Nameservers {
+		servers[i] = netip.PrefixFrom(a, a.BitLen())
+	}
+	return []rules.Rule{rule("a query to a nameserver of resolv.conf "+why, action,
+		rules.Destination{Prefixes: servers}, rules.UDP, rules.DestinationPorts{Ports: rules.Port(53)})}
+}
+
+// zone puts the proxy's answers in the zone of the queries that were redirected
+// to it, and sends queries on.
+func (p *Plan) zone() []rules.Rule {
+	return []rules.Rule{
+		rule("the proxy's answers to redirected queries", rules.CTZone{Zone: dnsZone},
+			rules.UDP, rules.SourcePorts{Ports: rules.Port(p.Config.DNS.Port)}, p.owner()),
+		rule("queries", rules.Goto{Chain: chainZoneQuery},
+			rules.UDP, rules.DestinationPorts{Ports: rules.Port(53)}),
+	}
+}
+
+func (p *Plan) zoneQueries() []rules.Rule {
+	return p.captured(rules.CTZone{Zone: dnsZone}, "is redirected")
+}

@@ -1,0 +1,47 @@
+package tproxy
+
+import (
+	"fmt"
+	"strings"
+)
+
+// ConfigError lists everything that is wrong with a Config.
+type ConfigError struct{ Faults []ConfigFault }
+
+// ConfigFault is one thing that is wrong with a Config.
+type ConfigFault struct {
+	Path     string // as Kuma's configuration spells it, such as redirect.inbound.port
+	Value    string
+	What     string // what is wrong with the value
+	Accepted string // what would do
+}
+
+func (f ConfigFault) String() string {
+	return fmt.Sprintf("%s: %q %s: accepted is %s", f.Path, f.Value, f.What, f.Accepted)
+}
+
+func (e *ConfigError) Error() string {
+	lines := make([]string, len(e.Faults))
+	for i, f := range e.Faults {
+		lines[i] = f.String()
+	}
+	return strings.Join(lines, "\n")
+}
+
+// RefusedError says why a valid Config must not be installed on this host, and
+// what to choose instead. Nothing was changed.
+type RefusedError struct{ Reasons []Refusal }
+
+// Refusal is one reason to refuse.
+type Refusal struct {
+	What   string // what would happen
+	Remedy string // what is left to choose
+}
+
+func (e *RefusedError) Error() string {
+	lines := make([]string, len(e.Reasons))
+	for i, r := range e.Reasons {
+		lines[i] = r.What + ": " + r.Remedy
+	}
+	return strings.Join(lines, "\n")
+}

@@ -1,0 +1,134 @@
+package tproxy
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// Host is what was observed of a machine: exec.Runner.Probe fills it in. The
+// zero Host is a plain Linux with both families, of which nothing more is
+// known; it does for goldens and dry runs anywhere.
+type Host struct {
+	// IPv6Off is the reason for which there is no IPv6 here; empty means there
+	// is.
+	IPv6Off string
+	// PassthroughAddress is whether ::6 is on lo already.
+	PassthroughAddress bool
+	// Pod is the reason for which this is a pod, in which SSH is captured like
+	// the rest; empty means it is a host.
+	Pod string
+
+	// Users are the users that were looked up.
+	Users []User
+	// Nameservers are those of resolv.conf.
+	Nameservers []netip.Addr
+	// LocalResolvers are the processes that listen at a nameserver of
+	// resolv.conf that is loopback or an own address.
+	LocalResolvers []LocalResolver
+	// RemoteShells are the ports by which this machine is operated.
+	RemoteShells []RemoteShell
+	// Variants are the variants of iptables that were found, in the order of
+	// preference.
+	Variants []Variant
+	// Notes is what the observer has to say and no rule shows.
+	Notes []string
+}
+
+// User is a user of the machine's name service.
+type User struct {
+	Name string
+	UID  UID
+}
+
+// LocalResolver is a process that answers DNS on this host.
+type LocalResolver struct {
+	Address netip.Addr
+	UID     UID
+	PID     int
+	Program string
+}
+
+func (r LocalResolver) String() string {
+	return fmt.Sprintf("%s at %s (process %d, UID %d)", r.Program, r.Address, r.PID, r.UID)
+}
+
+// RemoteShell is a port by which somebody operates the machine from afar.
+type RemoteShell struct {
+	Port uint16
+	Why  string // how it is known
+}
+
+// Variant is a variant of iptables on a host.
+type Variant struct {
+	Backend Backend
+	Version string // such as 1.8.9, where known
+	// Programs are the paths of the programs of each family; an empty path
+	// means there is none.
+	IPv4, IPv6 Programs
+	// Default is whether the plain names, iptables-save and so on, are this
+	// variant: what other programs on this host use unasked.
+	Default bool
+	// Rules is whether the kernel holds rules of this variant, Ours whether
+	// some of them are ours; Unknown is the reason for which that could not be
+	// told.
+	Rules, Ours bool
+	Unknown     string
+}
+
+// Programs are the programs of a variant for one family.
+type Programs struct{ Save, Restore string }
+
+// For returns the programs of a family.
+func (v Variant) For(f rules.Family) Programs {
+	if f == rules.IPv6 {
+		return v.IPv6
+	}
+	return v.IPv4
+}
+
+// Installed reports whether the variant has the programs for a family.
+func (v Variant) Installed(f rules.Family) bool {
+	p := v.For(f)
+	return p.Save != "" && p.Restore != ""
+}
+
+// Variant returns the host's variant of that backend.
+func (h Host) Variant(b Backend) (Variant, bool) {
+	for _, v := range h.Variants {
+		if v.Backend == b {
+			return v, true
+		}
+	}
+	return Variant{}, false
+}
+
+// Needs is what has to be observed of a machine before a Config can be built
+// for it.
+type Needs struct {
+	// User is the name or number of the proxy's user; empty when the Config has
+	// numbers.
+	User string
+	// DefaultUser is whether nobody named the proxy's user: UID 5678 is meant,
+	// or, when no user has it, the user kuma-dp.
+	DefaultUser bool
+	// ResolvConf is the path of resolv.conf; empty when DNS is not redirected.
+	ResolvConf string
+	// IPv6 is whether the Config wants IPv6 redirected.
+	IPv6 bool
+	// RemoteShells is whether inbound connections are to be redirected.
+	RemoteShells bool
+}
+
+// Needs returns what Build has to know of the machine for this Config.
+func (c Config) Needs() Needs {
+	n := Needs{IPv6: c.IPFamilyMode != IPv4Only, RemoteShells: !c.Inbound.Off && !c.Pod}
+	if len(c.ProxyUIDs) == 0 {
+		n.User, n.DefaultUser = c.ProxyUser, c.ProxyUser == ""
+	}
+	if c.DNS.On() {
+		n.ResolvConf = or(c.DNS.ResolvConf, DefaultResolvConf)
+	}
+	return n
+}

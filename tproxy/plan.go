@@ -1,0 +1,208 @@
+package tproxy
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// Plan is all that an install does, as data: the rules, the steps beside them
+// with their undo, the backend and why it was chosen.
+type Plan struct {
+	// Config is the Config with every default filled in and every list in
+	// canonical order.
+	Config Config
+	// ProxyUIDs are the users that the proxy runs as.
+	ProxyUIDs rules.UIDs
+	Rules     rules.Set
+	// Families are those that get rules, in the order in which they do.
+	Families []rules.Family
+	// Backend is never Auto.
+	Backend    Backend
+	BackendWhy string
+	// Nameservers are those whose queries are redirected; empty where all are,
+	// or none.
+	Nameservers []netip.Addr
+	Steps       []Step
+	// Host is what the plan was made for.
+	Host Host
+	// Notes is what the operator should know.
+	Notes []string
+}
+
+// Step is one change that an install makes. The types of this package are the
+// only ones.
+type Step interface {
+	// String says what the step does.
+	String() string
+	// Undo says how it is taken back when a later step fails, and on uninstall.
+	Undo() string
+	step()
+}
+
+// AddAddress adds an address to the loopback interface, unless it is there.
+type AddAddress struct{ Prefix netip.Prefix }
+
+// ReplaceRules replaces what is ours in the tables of a family by the plan's
+// rules, in one transaction a table.
+type ReplaceRules struct {
+	Family  rules.Family
+	Backend Backend
+}
+
+// RemoveRules takes out what is ours in the tables of another backend, once the
+// new rules are in place.
+type RemoveRules struct {
+	Family  rules.Family
+	Backend Backend
+}
+
+func (AddAddress) step()   {}
+func (ReplaceRules) step() {}
+func (RemoveRules) step()  {}
+
+func (s AddAddress) String() string { return fmt.Sprintf("ip address add %s dev lo", s.Prefix) }
+
+// Undo removes the address.
+func (s AddAddress) Undo() string { return fmt.Sprintf("ip address del %s dev lo", s.Prefix) }
+
+func (s ReplaceRules) String() string {
+	return fmt.Sprintf("%s rules by %s", s.Family, program(s.Backend, s.Family))
+}
+
+// Undo puts back what was ours before, or nothing.
+func (s ReplaceRules) Undo() string {
+	return fmt.Sprintf("the former %s rules by %s", s.Family, program(s.Backend, s.Family))
+}
+
+func (s RemoveRules) String() string {
+	return fmt.Sprintf("no %s rules of ours in %s", s.Family, s.Backend)
+}
+
+// Undo puts back what was ours before.
+func (s RemoveRules) Undo() string {
+	return fmt.Sprintf("the former %s rules by %s", s.Family, program(s.Backend, s.Family))
+}
+
+func program(b Backend, f rules.Family) string {
+	name := b.String() + "-restore"
+	if f == rules.IPv6 {
+		name = "ip6" + strings.TrimPrefix(name, "ip")
+	}
+	return name
+}
+
+// The chains of ours. A chain of one of these names in its table is ours, and
+// nothing else is.
+const (
+	chainInbound   = "KUMA_MESH_INBOUND"
+	chainOutbound  = "KUMA_MESH_OUTBOUND"
+	chainLoopback  = "KUMA_MESH_OUTBOUND_LOOPBACK"
+	chainDNS       = "KUMA_MESH_DNS"
+	chainZone      = "KUMA_MESH_DNS_ZONE"
+	chainZoneQuery = "KUMA_MESH_DNS_ZONE_QUERY"
+	chainRecord    = "KUMA_MESH_RECORD"
+)
+
+// The jumps of ours, which are the same for every Config.
+var (
+	jumpInbound = rules.Rule{
+		Matches: []rules.Match{rules.TCP, rules.SYN{}, rules.DestinationLocal{}},
+		Action:  rules.Jump{Chain: chainInbound},
+		Why:     commentPrefix + "a new TCP connection to an address of this host",
+	}
+	jumpOutbound = rules.Rule{
+		Matches: []rules.Match{rules.TCP, rules.SYN{}},
+		Action:  rules.Jump{Chain: chainOutbound},
+		Why:     commentPrefix + "a new TCP connection of a process of this host",
+	}
+	jumpDNS = rules.Rule{
+		Matches: []rules.Match{rules.UDP, rules.DestinationPorts{Ports: rules.Port(53)}},
+		Action:  rules.Jump{Chain: chainDNS},
+		Why:     commentPrefix + "a DNS query of a process of this host",
+	}
+	jumpZone = rules.Rule{
+		Matches: []rules.Match{rules.UDP},
+		Action:  rules.Jump{Chain: chainZone},
+		Why:     commentPrefix + "redirected DNS queries have a conntrack zone of their own",
+	}
+)
+
+// commentPrefix begins the comment of every jump: Kuma's own uninstall looks
+// for it.
+const commentPrefix = "kuma/mesh/transparent/proxy/"
+
+// Known returns what rules.Set.Ours takes for ours: every chain and every jump
+// that this or an earlier version of the module makes.
+func Known() rules.Set {
+	return rules.Set{
+		Bases: []rules.BaseChain{
+			{Table: rules.NAT, Hook: rules.Prerouting, Rules: []rules.Rule{jumpInbound}},
+			{Table: rules.NAT, Hook: rules.Output, Rules: []rules.Rule{jumpDNS, jumpOutbound}},
+			{Table: rules.Raw, Hook: rules.Output, Rules: []rules.Rule{jumpZone}},
+		},
+		Chains: []rules.Chain{
+			{Table: rules.NAT, Name: chainInbound},
+			{Table: rules.NAT, Name: chainOutbound},
+			{Table: rules.NAT, Name: chainLoopback},
+			{Table: rules.NAT, Name: chainDNS},
+			{Table: rules.NAT, Name: chainRecord},
+			{Table: rules.Raw, Name: chainZone},
+			{Table: rules.Raw, Name: chainZoneQuery},
+		},
+	}
+}
+
+// Record is what the rules themselves do not show of an install. It stands in
+// the comments of a chain that nothing jumps to, so that no packet pays for it
+// and no file can disagree with the rules.
+type Record struct {
+	// PassthroughAddressOurs is whether we put ::6 on lo, so that uninstall
+	// takes it away again.
+	PassthroughAddressOurs bool
+}
+
+const (
+	recordHead    = "kuma-tproxy 1"
+	recordAddress = "passthrough-address=ours"
+)
+
+func (r Record) rules() []rules.Rule {
+	why := recordHead
+	if r.PassthroughAddressOurs {
+		why += " " + recordAddress
+	}
+	return []rules.Rule{{Action: rules.Return{}, Why: why, Record: true}}
+}
+
+// ReadRecord returns the record in what rules.Set.Ours found; ok is false when
+// there is none that this version understands.
+func ReadRecord(ours rules.Set) (rec Record, ok bool) {
+	c, _ := ours.Chain(rules.NAT, chainRecord)
+	for _, r := range c.Rules {
+		rest, isRecord := strings.CutPrefix(r.Why, recordHead)
+		if !isRecord {
+			continue
+		}
+		ok = true
+		for _, word := range strings.Fields(rest) {
+			rec.PassthroughAddressOurs = rec.PassthroughAddressOurs || word == recordAddress
+		}
+	}
+	return rec, ok
+}
+
+// WithRecord returns the plan's rules with another record in them.
+func (p *Plan) WithRecord(rec Record) rules.Set {
+	s := p.Rules
+	s.Chains = make([]rules.Chain, len(p.Rules.Chains))
+	copy(s.Chains, p.Rules.Chains)
+	for i := range s.Chains {
+		if s.Chains[i].Table == rules.NAT && s.Chains[i].Name == chainRecord {
+			s.Chains[i].Rules = rec.rules()
+		}
+	}
+	return s
+}
