@@ -341,7 +341,7 @@ func (p *Plan) chooseBackend() *Refusal {
 		}
 		return can[i], true
 	}
-	if v, ok := only(func(v Variant) bool { return v.Ours }); ok {
+	if v, ok := only(func(v Variant) bool { return len(v.Ours) > 0 }); ok {
 		return choose(v, "our rules are there already")
 	}
 	if v, ok := only(func(v Variant) bool { return v.Rules }); ok {
@@ -375,10 +375,12 @@ func (p *Plan) missing(v Variant, why string) *Refusal {
 // others refuses when rules of ours in another backend could not be removed.
 func (p *Plan) others() *Refusal {
 	for _, v := range p.Host.Variants {
-		if v.Backend != p.Backend && v.Ours && !v.Installed(rules.IPv4) && !v.Installed(rules.IPv6) {
-			return &Refusal{
-				fmt.Sprintf("rules of ours stand in %s, which would go on beside those in %s, and %s is not installed", v.Backend, p.Backend, program(v.Backend, rules.IPv4)),
-				fmt.Sprintf("install %s, or keep to it with --backend %s", program(v.Backend, rules.IPv4), v.Backend),
+		for _, f := range v.Ours {
+			if v.Backend != p.Backend && !v.Installed(f) {
+				return &Refusal{
+					fmt.Sprintf("%s rules of ours stand in %s, which would go on beside those in %s, and %s is not installed", f, v.Backend, p.Backend, program(v.Backend, f)),
+					fmt.Sprintf("install %s, or keep to it with --backend %s", program(v.Backend, f), v.Backend),
+				}
 			}
 		}
 	}
@@ -386,18 +388,20 @@ func (p *Plan) others() *Refusal {
 }
 
 func (p *Plan) steps() {
-	if slices.Contains(p.Families, rules.IPv6) && !p.Host.PassthroughAddress {
-		p.Steps = append(p.Steps, AddAddress{passthrough6})
-	}
 	for _, f := range p.Families {
 		p.Steps = append(p.Steps, ReplaceRules{f, p.Backend})
 	}
 	for _, v := range p.Host.Variants {
-		if v.Backend != p.Backend && v.Ours {
-			for _, f := range rules.Families() {
+		for _, f := range v.Ours {
+			if v.Backend != p.Backend || !slices.Contains(p.Families, f) {
 				p.Steps = append(p.Steps, RemoveRules{f, v.Backend})
 			}
 		}
+	}
+	// Behind the rules, whose record says that the address is ours: a kill in
+	// between leaves nothing that nobody owns.
+	if slices.Contains(p.Families, rules.IPv6) && !p.Host.PassthroughAddress {
+		p.Steps = append(p.Steps, AddAddress{passthrough6})
 	}
 }
 

@@ -70,11 +70,12 @@ type Variant struct {
 	// Default is whether the plain names, iptables-save and so on, are this
 	// variant: what other programs on this host use unasked.
 	Default bool
-	// Rules is whether the kernel holds rules of this variant, Ours whether
-	// some of them are ours; Unknown is the reason for which that could not be
-	// told.
-	Rules, Ours bool
-	Unknown     string
+	// Rules is whether the kernel holds rules of this variant.
+	Rules bool
+	// Ours are the families in which some of those rules are ours.
+	Ours []rules.Family
+	// Unknown is the reason for which Rules and Ours could not be told.
+	Unknown string
 }
 
 // Programs are the programs of a variant for one family.

@@ -140,8 +140,8 @@ func Known() rules.Set {
 	return rules.Set{
 		Bases: []rules.BaseChain{
 			{Table: rules.NAT, Hook: rules.Prerouting, Rules: []rules.Rule{jumpInbound}},
-			{Table: rules.NAT, Hook: rules.Output, Rules: []rules.Rule{jumpDNS, jumpOutbound}},
-			{Table: rules.Raw, Hook: rules.Output, Rules: []rules.Rule{jumpZone}},
+			{Table: rules.NAT, Hook: rules.Output, Place: rules.First, Rules: []rules.Rule{jumpDNS, jumpOutbound}},
+			{Table: rules.Raw, Hook: rules.Output, Place: rules.First, Rules: []rules.Rule{jumpZone}},
 		},
 		Chains: []rules.Chain{
 			{Table: rules.NAT, Name: chainInbound},

@@ -37,6 +37,8 @@ var (
 type Runner struct {
 	// Log gets what is done, at level Debug, and what is odd, at level Warn.
 	Log *slog.Logger
+
+	machine machine // nil is the one that we run on
 }
 
 // Report says what Apply or Remove did.

@@ -56,7 +56,17 @@ func (r *Rule) lower(out []Rule, f Family) []Rule {
 		}
 		return out
 	}
-	return append(out, *r)
+	line := *r
+	if a, ok := r.Action.(Reject); ok && a.With == "" {
+		// As it is listed.
+		switch f {
+		case IPv4:
+			line.Action = Reject{"icmp-port-unreachable"}
+		case IPv6:
+			line.Action = Reject{"icmp6-port-unreachable"}
+		}
+	}
+	return append(out, line)
 }
 
 // alternatives returns plain if the match is one line in family f as it is,
@@ -68,6 +78,14 @@ func alternatives(m Match, f Family) (choices []Match, plain bool) {
 		return addresses(m.Prefixes, m.Not, f, func(p []netip.Prefix) Match { return Source{p, m.Not} })
 	case Destination:
 		return addresses(m.Prefixes, m.Not, f, func(p []netip.Prefix) Match { return Destination{p, m.Not} })
+	case InInterface:
+		if m.Name == "+" && !m.Not {
+			return []Match{nil}, false // every interface, and not listed
+		}
+	case OutInterface:
+		if m.Name == "+" && !m.Not {
+			return []Match{nil}, false
+		}
 	case SourcePorts:
 		if m.Ports.slots() <= maxSlots {
 			return nil, true
@@ -105,11 +123,15 @@ func alternatives(m Match, f Family) (choices []Match, plain bool) {
 }
 
 func addresses(ps []netip.Prefix, not bool, f Family, one func([]netip.Prefix) Match) (choices []Match, plain bool) {
-	if len(ps) == 1 && f.holds(ps[0].Addr()) {
+	if len(ps) == 1 && f.holds(ps[0].Addr()) && (not || f == 0 || ps[0].Bits() > 0) {
 		return nil, true
 	}
 	for i, p := range ps {
-		if f.holds(p.Addr()) {
+		switch {
+		case !f.holds(p.Addr()):
+		case p.Bits() == 0 && !not && f != 0:
+			choices = append(choices, nil) // every packet of f, and not listed
+		default:
 			choices = append(choices, one(ps[i:i+1]))
 		}
 	}

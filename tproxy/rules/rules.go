@@ -394,12 +394,26 @@ const MaxWhy = 255
 // there, ports without a protocol that has them.
 func (s Set) Validate() error {
 	var faults []Fault
-	for _, c := range s.Bases {
+	for i, c := range s.Bases {
+		if !slices.Contains(tableOrder[:], c.Table) || !isHook(c.Table, string(c.Hook)) {
+			faults = append(faults, Fault{c.Table, fmt.Sprintf("%q", c.Hook), 0, fmt.Sprintf("table %q has no such hook", c.Table)})
+		}
+		for _, d := range s.Bases[:i] {
+			if d.Table == c.Table && d.Hook == c.Hook {
+				faults = append(faults, Fault{c.Table, string(c.Hook), 0, "the base chain stands twice"})
+			}
+		}
 		faults = s.check(faults, c.Table, string(c.Hook), c.Rules)
 	}
 	for i, c := range s.Chains {
 		if !validName(c.Name) {
 			faults = append(faults, Fault{c.Table, fmt.Sprintf("%q", c.Name), 0, fmt.Sprintf("a chain's name has 1 to %d letters, digits and _-. and begins with a letter", MaxChainName)})
+		}
+		if isTarget(c.Name) || isHook(Mangle, c.Name) { // mangle has all hooks
+			faults = append(faults, Fault{c.Table, c.Name, 0, "the name is a hook's or a target's"})
+		}
+		if !slices.Contains(tableOrder[:], c.Table) {
+			faults = append(faults, Fault{c.Table, c.Name, 0, fmt.Sprintf("there is no table %q", c.Table)})
 		}
 		for _, d := range s.Chains[:i] {
 			if d.Table == c.Table && d.Name == c.Name {
@@ -450,9 +464,9 @@ func (r Rule) check(bad func(string, ...any)) {
 		case Destination:
 			checkPrefixes(bad, m.Prefixes, m.Not)
 		case InInterface:
-			checkInterface(bad, m.Name)
+			checkInterface(bad, m.Name, m.Not)
 		case OutInterface:
-			checkInterface(bad, m.Name)
+			checkInterface(bad, m.Name, m.Not)
 		case SYN:
 			if proto != TCP {
 				bad("SYN without tcp")
@@ -473,10 +487,15 @@ func (r Rule) check(bad func(string, ...any)) {
 		case OwnerGID:
 			checkOwner(bad, m.GIDs, m.Not)
 		case CTState:
+			last := ""
 			for s := range strings.SplitSeq(m.States, ",") {
-				if !slices.Contains([]string{"NEW", "ESTABLISHED", "RELATED", "INVALID", "UNTRACKED", "SNAT", "DNAT"}, s) {
+				if !isState(s) {
 					bad("%q is no connection state", s)
 				}
+				if s <= last {
+					bad("connection states %q are not sorted", m.States)
+				}
+				last = s
 			}
 		case Opaque:
 			bad("opaque match %q", m.text)
@@ -485,6 +504,18 @@ func (r Rule) check(bad func(string, ...any)) {
 	switch a := r.Action.(type) {
 	case nil:
 		bad("no action")
+	case Jump:
+		if a.Chain == "" {
+			bad("jumps to no chain")
+		}
+	case Goto:
+		if a.Chain == "" {
+			bad("goes to no chain")
+		}
+	case CTZone:
+		if a.Zone == 0 { // listed as a CT without options
+			bad("zone 0 is that of every connection")
+		}
 	case Redirect:
 		if !ports {
 			bad("redirect without tcp or udp")
@@ -515,6 +546,8 @@ func checkPrefixes(bad func(string, ...any), ps []netip.Prefix, not bool) {
 			bad("%q is no prefix", p)
 		case p != p.Masked():
 			bad("prefix %q has host bits", p)
+		case not && p.Bits() == 0: // iptables-nft refuses it
+			bad("no address is outside of %q", p)
 		case p.Addr().Is4():
 			n4++
 		default:
@@ -535,7 +568,10 @@ func checkOwner(bad func(string, ...any), ids UIDs, not bool) {
 	}
 }
 
-func checkInterface(bad func(string, ...any), name string) {
+func checkInterface(bad func(string, ...any), name string, not bool) {
+	if not && name == "+" { // iptables-legacy-save lists the rule without it
+		bad("no interface is outside of \"+\"")
+	}
 	if err := CheckInterface(name); err != nil {
 		bad("%v", err)
 	}

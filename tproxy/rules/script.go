@@ -28,7 +28,7 @@ func (live Set) Ours(f Family, known Set) (ours Set, references []Reference) {
 	ours.Only = f
 	for _, c := range live.Bases {
 		k, _ := known.Base(c.Table, c.Hook)
-		mine := BaseChain{Table: c.Table, Hook: c.Hook}
+		mine := BaseChain{Table: c.Table, Hook: c.Hook, Place: k.Place}
 		for i, r := range c.Rules {
 			switch {
 			case slices.ContainsFunc(k.Rules, func(q Rule) bool { q.Why = r.Why; return q.Equal(r) }):

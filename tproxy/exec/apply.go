@@ -1,0 +1,322 @@
+package exec
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// maxTries is how often the rules of a family are written when somebody else
+// changes them at the same time.
+const maxTries = 5
+
+// Apply carries out a plan: afterwards everything of it is in place, or, if the
+// error is not nil, the host is as it was before, unless ApplyError.Left says
+// otherwise. What is in place already is left alone; with all of it in place
+// nothing is written and the report says so.
+//
+// The context is looked at between steps only: a cancelled Apply is undone,
+// never left half.
+func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
+	s, err := r.session()
+	if err != nil {
+		return nil, err
+	}
+	s.wait, s.waitInterval = p.Config.Wait, p.Config.WaitInterval
+	var jobs []job
+	for _, step := range p.Steps {
+		j := job{step: step.String()}
+		var b tproxy.Backend
+		switch step := step.(type) {
+		case tproxy.ReplaceRules:
+			b, j.family, j.want = step.Backend, step.Family, p.WithRecord
+		case tproxy.RemoveRules:
+			b, j.family, j.want = step.Backend, step.Family, nothing
+		default:
+			continue // the address: whether it is missing is seen below
+		}
+		v, ok := p.Host.Variant(b)
+		if !ok || !v.Installed(j.family) {
+			return nil, &ApplyError{Step: j.step, Family: j.family,
+				Err:    fmt.Errorf("the plan was made for a host without %s: %w", b, ErrUnsupported),
+				Remedy: "build the plan from what Runner.Probe observed"}
+		}
+		j.variant = v
+		jobs = append(jobs, j)
+	}
+	t := &transaction{session: s, report: &Report{Backend: p.Backend, Why: p.BackendWhy}}
+	err = t.execute(ctx, jobs, slices.Contains(p.Families, rules.IPv6))
+	if err != nil {
+		return nil, err
+	}
+	t.report.Notes = append(t.report.Notes, t.listening(p)...)
+	t.report.Notes = append(t.report.Notes, t.filters(p)...)
+	t.report.Retries, t.report.Processes = s.retries, s.processes
+	return t.report, nil
+}
+
+// Remove takes out everything of ours, whoever installed it, for whichever
+// user, variant, and with or without comments: chains by their names, jumps by
+// their exact rule, the address ::6 if the record says that we made it. What is
+// not ours stays as it is. With nothing of ours there, nothing is written.
+func (r *Runner) Remove(ctx context.Context, o RemoveOptions) (*Report, error) {
+	s, err := r.session()
+	if err != nil {
+		return nil, err
+	}
+	s.wait, s.waitInterval = o.Wait, o.WaitInterval
+	if s.wait == 0 {
+		s.wait = tproxy.DefaultWait
+	}
+	if err := s.m.privileged(); err != nil {
+		return nil, err
+	}
+	t := &transaction{session: s, report: &Report{}, dryRun: o.DryRun}
+	var jobs []job
+	for _, v := range s.variants(ctx) {
+		if v.Unknown != "" {
+			return nil, &ApplyError{Step: "reading what is installed", Err: fmt.Errorf("%s: %s", v.Backend, v.Unknown)}
+		}
+		for _, f := range v.Ours {
+			step := tproxy.RemoveRules{Family: f, Backend: v.Backend}
+			if !v.Installed(f) {
+				return nil, &ApplyError{Step: step.String(), Family: f,
+					Err:    fmt.Errorf("rules of ours are there, and the programs of %s for %s are not", v.Backend, f),
+					Remedy: "install the package iptables"}
+			}
+			jobs = append(jobs, job{step: step.String(), variant: v, family: f, want: nothing})
+		}
+	}
+	if err := t.execute(ctx, jobs, false); err != nil {
+		return nil, err
+	}
+	t.report.Retries, t.report.Processes = s.retries, s.processes
+	return t.report, nil
+}
+
+// job is what is to be done to the rules of one family of one backend.
+type job struct {
+	step    string
+	variant tproxy.Variant
+	family  rules.Family
+	want    func(tproxy.Record) rules.Set
+
+	before live // read before anything was written
+}
+
+func nothing(tproxy.Record) rules.Set { return rules.Set{} }
+
+// transaction is what was done so far, and how to take it back.
+type transaction struct {
+	*session
+	report *Report
+	dryRun bool
+	undo   []undo
+	jobs   []job
+}
+
+// undo takes back one step; did is whether there was anything to take back.
+type undo struct {
+	what string
+	run  func(context.Context) (did bool, err error)
+}
+
+func (t *transaction) execute(ctx context.Context, jobs []job, ipv6 bool) error {
+	if err := t.m.privileged(); err != nil {
+		return err
+	}
+	if !t.dryRun {
+		unlock, err := t.m.lock(ctx, t.wait)
+		if err != nil {
+			return err
+		}
+		defer unlock()
+	}
+	// Everything is read before anything is written.
+	var rec tproxy.Record
+	for i := range jobs {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		l, err := t.save(ctx, jobs[i].variant, jobs[i].family)
+		if err != nil {
+			return err
+		}
+		jobs[i].before = l
+		if was, ok := tproxy.ReadRecord(l.ours); ok && was.PassthroughAddressOurs {
+			rec.PassthroughAddressOurs = true
+		}
+	}
+	t.jobs = jobs
+	if err := t.write(ctx, jobs, rec, ipv6); err != nil {
+		return t.rollback(ctx, err)
+	}
+	return nil
+}
+
+// write does all that changes the host, in an order that a kill at any point
+// leaves for the next run to finish: the address is there only while a record
+// in the rules says whose it is, and new rules are in place before old ones go
+// in another backend.
+func (t *transaction) write(ctx context.Context, jobs []job, rec tproxy.Record, ipv6 bool) error {
+	_, v6 := tproxy.PassthroughAddresses()
+	address := tproxy.AddAddress{Prefix: hostPrefix(v6)}
+	there := false
+	if ipv6 {
+		var err error
+		if there, err = t.m.hasAddress(v6); err != nil {
+			return &ApplyError{Step: address.String(), Family: rules.IPv6, Err: err}
+		}
+		rec.PassthroughAddressOurs = rec.PassthroughAddressOurs || !there
+	} else if rec.PassthroughAddressOurs {
+		if err := t.removeAddress(address); err != nil {
+			return err
+		}
+		rec.PassthroughAddressOurs = false
+	}
+	for i := range jobs {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := t.replace(ctx, &jobs[i], jobs[i].want(rec)); err != nil {
+			return err
+		}
+	}
+	if ipv6 && !there {
+		return t.addAddress(address)
+	}
+	return nil
+}
+
+func (t *transaction) addAddress(a tproxy.AddAddress) error {
+	added, err := t.m.addAddress(a.Prefix)
+	if err != nil {
+		return &ApplyError{Step: a.String(), Family: rules.IPv6, Err: err,
+			Remedy: "leave IPv6 untouched with --ip-family-mode=ipv4"}
+	}
+	if added {
+		t.did(a.String(), a.Undo(), func(context.Context) (bool, error) { return t.m.delAddress(a.Prefix) })
+	}
+	return nil
+}
+
+func (t *transaction) removeAddress(a tproxy.AddAddress) error {
+	if t.dryRun {
+		t.report.Steps = append(t.report.Steps, a.Undo())
+		return nil
+	}
+	removed, err := t.m.delAddress(a.Prefix)
+	if err != nil {
+		return &ApplyError{Step: a.Undo(), Family: rules.IPv6, Err: err}
+	}
+	if removed {
+		t.did(a.Undo(), a.String(), func(context.Context) (bool, error) { return t.m.addAddress(a.Prefix) })
+	}
+	return nil
+}
+
+func (t *transaction) did(step, what string, back func(context.Context) (bool, error)) {
+	t.report.Changed = true
+	t.report.Steps = append(t.report.Steps, step)
+	t.undo = append(t.undo, undo{what, back})
+}
+
+// replace turns what is ours in one family of one backend into want.
+func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error {
+	now := j.before
+	for try := 1; ; try++ {
+		fr := FamilyReport{Family: j.family, Backend: j.variant.Backend, Changes: rules.Compare(j.family, now.ours, want)}
+		if len(fr.Changes) == 0 {
+			t.report.Families = append(t.report.Families, fr)
+			return nil
+		}
+		if err := blocked(j, now, want); err != nil {
+			return err
+		}
+		fr.Script = rules.Transition(j.family, now.ours, want)
+		if t.dryRun {
+			t.report.Steps = append(t.report.Steps, j.step)
+			t.report.Families = append(t.report.Families, fr)
+			return nil
+		}
+		err := t.restore(ctx, j.variant, j.family, j.step, fr.Script)
+		if err == nil {
+			t.did(j.step, putBackText(j), func(ctx context.Context) (bool, error) { return t.putBack(ctx, j) })
+			t.report.Families = append(t.report.Families, fr)
+			return nil
+		}
+		// A script of two tables may have changed the first: read again.
+		again, readErr := t.save(ctx, j.variant, j.family)
+		if readErr == nil && try < maxTries && retryable(err) && changed(j.family, now, again) && ctx.Err() == nil {
+			t.log.Warn("the rules changed under us; trying again", "family", j.family, "try", try, "error", err)
+			t.retries++
+			now = again
+			continue
+		}
+		t.undo = append(t.undo, undo{putBackText(j), func(ctx context.Context) (bool, error) { return t.putBack(ctx, j) }})
+		return err
+	}
+}
+
+func putBackText(j *job) string {
+	return tproxy.ReplaceRules{Family: j.family, Backend: j.variant.Backend}.Undo()
+}
+
+// changed reports whether somebody changed the rules between two readings:
+// without that, trying again would fail again.
+func changed(f rules.Family, a, b live) bool {
+	return len(rules.Compare(f, a.ours, b.ours)) > 0 || len(rules.Compare(f, a.all, b.all)) > 0
+}
+
+// putBack makes what is ours in a family what it was before.
+func (t *transaction) putBack(ctx context.Context, j *job) (bool, error) {
+	now, err := t.save(ctx, j.variant, j.family)
+	if err != nil {
+		return false, err
+	}
+	script := rules.Transition(j.family, now.ours, j.before.ours)
+	if script == nil {
+		return false, nil
+	}
+	return true, t.restore(ctx, j.variant, j.family, putBackText(j), script)
+}
+
+// blocked names the foreign rules that keep a chain of ours from being removed:
+// the kernel refuses to delete a chain that something jumps to, and the rule is
+// not ours to take out.
+func blocked(j *job, now live, want rules.Set) error {
+	for _, ref := range now.references {
+		if _, stays := want.Chain(ref.Table, ref.Rule.Target()); !stays {
+			return &ApplyError{Step: j.step, Family: j.family, Table: ref.Table,
+				Err:    fmt.Errorf("chain %s cannot be removed: a rule that is not ours jumps to it: %s", ref.Rule.Target(), ref),
+				Remedy: "take that rule out first"}
+		}
+	}
+	return nil
+}
+
+// rollback takes back what was done, the last first, and says so in the error.
+func (t *transaction) rollback(ctx context.Context, err error) error {
+	ctx = context.WithoutCancel(ctx)
+	e, ok := errors.AsType[*ApplyError](err)
+	if !ok {
+		if len(t.undo) == 0 {
+			return err
+		}
+		e = &ApplyError{Step: "interrupted", Err: err}
+	}
+	for _, u := range slices.Backward(t.undo) {
+		did, err := u.run(ctx)
+		switch {
+		case err != nil:
+			e.Left = append(e.Left, fmt.Sprintf("%s: %v", u.what, err))
+		case did:
+			e.Undone = append(e.Undone, u.what)
+		}
+	}
+	return e
+}

@@ -1,0 +1,270 @@
+package exec
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/procfs"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+	"github.com/kumahq/kuma-tproxy/tproxy/tproxytest"
+)
+
+// fakeMachine is a host in memory. Its rules are transactional and it checks
+// references, as the kernel does.
+type fakeMachine struct {
+	netfilter map[string]*tproxytest.Netfilter // by the programs' prefix
+	addresses map[netip.Prefix]bool
+	files     map[string]string
+	users     map[string]uint32
+	env       map[string]string
+	proc      string
+	noIPv6    string
+	notRoot   bool
+	missing   map[string]bool // programs
+	held      bool
+	dead      bool // nothing more can be written
+
+	commands []command
+	writes   int // restores that were started, addresses changed
+	// onRun, if set, is called before each process and may answer in its place.
+	onRun func(c command) (r result, answered bool)
+	// stop, if set, is asked before each COMMIT whether the program dies there.
+	stop func(rules.Table) bool
+}
+
+var errKilled = errors.New("killed")
+
+var prefixes = []string{"iptables-nft", "ip6tables-nft", "iptables-legacy", "ip6tables-legacy"}
+
+func newFakeMachine(t *testing.T) *fakeMachine { return newFakeMachineAt(fakeProc(t)) }
+
+func newFakeMachineAt(proc string) *fakeMachine {
+	m := &fakeMachine{
+		netfilter: make(map[string]*tproxytest.Netfilter),
+		addresses: make(map[netip.Prefix]bool),
+		files:     make(map[string]string),
+		users:     map[string]uint32{"kuma-dp": 5678},
+		env:       make(map[string]string),
+		missing:   make(map[string]bool),
+		proc:      proc,
+	}
+	for _, p := range prefixes {
+		f := rules.IPv4
+		if strings.HasPrefix(p, "ip6") {
+			f = rules.IPv6
+		}
+		g := p + "-save v1.8.9 (nf_tables)"
+		if strings.HasSuffix(p, "-legacy") {
+			g = strings.TrimSuffix(p, "-legacy") + "-save v1.8.9"
+		}
+		m.netfilter[p] = &tproxytest.Netfilter{Family: f, Generator: g}
+	}
+	return m
+}
+
+// fakeProc is a /proc in which nobody listens.
+func fakeProc(t *testing.T) string {
+	dir := t.TempDir()
+	writeProc(t, dir, "thread-self/net/tcp", "header\n")
+	writeProc(t, dir, "thread-self/net/udp", "header\n")
+	return dir
+}
+
+func writeProc(t *testing.T, dir, name, text string) {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (m *fakeMachine) run(_ context.Context, c command) (result, error) {
+	if m.dead {
+		return result{}, errKilled
+	}
+	m.commands = append(m.commands, c)
+	if m.onRun != nil {
+		if r, ok := m.onRun(c); ok {
+			return r, nil
+		}
+	}
+	name := filepath.Base(c.Path)
+	if p, ok := strings.CutSuffix(name, "-save"); ok {
+		return result{Stdout: m.netfilter[p].Save()}, nil
+	}
+	p, ok := strings.CutSuffix(name, "-restore")
+	if !ok {
+		return result{Exit: 127}, nil
+	}
+	m.writes++
+	if err := m.netfilter[p].Restore(c.Stdin, m.stop); err != nil {
+		return result{Stderr: []byte(name + ": " + err.Error()), Exit: 1}, nil
+	}
+	return result{}, nil
+}
+
+func (m *fakeMachine) find(name string) (string, string) {
+	if m.missing[name] {
+		return "", ""
+	}
+	plain := !strings.Contains(name, "-nft") && !strings.Contains(name, "-legacy")
+	if plain {
+		return "", ""
+	}
+	multi := "xtables-nft-multi"
+	if strings.Contains(name, "legacy") {
+		multi = "xtables-legacy-multi"
+	}
+	return "/usr/sbin/" + name, "/usr/sbin/" + multi
+}
+
+func (m *fakeMachine) of(nft bool, f rules.Family) *tproxytest.Netfilter {
+	p := "iptables"
+	if f == rules.IPv6 {
+		p = "ip6tables"
+	}
+	if nft {
+		return m.netfilter[p+"-nft"]
+	}
+	return m.netfilter[p+"-legacy"]
+}
+
+func (m *fakeMachine) tables(nft bool, f rules.Family) ([]rules.Table, error) {
+	return m.of(nft, f).Tables(), nil
+}
+
+func (m *fakeMachine) chains(nft bool, f rules.Family, t rules.Table) (out []string, _ error) {
+	for _, c := range m.of(nft, f).Set().Chains {
+		if c.Table == t {
+			out = append(out, c.Name)
+		}
+	}
+	return out, nil
+}
+
+func (m *fakeMachine) hasRules(nft bool, f rules.Family, t rules.Table) (bool, error) {
+	s := m.of(nft, f).Set()
+	for _, c := range s.Bases {
+		if c.Table == t && len(c.Rules) > 0 {
+			return true, nil
+		}
+	}
+	for _, c := range s.Chains {
+		if c.Table == t {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+func (m *fakeMachine) foreignTables() ([]string, error) { return nil, nil }
+
+func (m *fakeMachine) ipv6Off() (bool, string, error) { return m.noIPv6 != "", m.noIPv6, nil }
+
+func (m *fakeMachine) hasAddress(a netip.Addr) (bool, error) { return m.addresses[hostPrefix(a)], nil }
+
+func (m *fakeMachine) addAddress(p netip.Prefix) (bool, error) {
+	if m.dead {
+		return false, errKilled
+	}
+	if m.addresses[p] {
+		return false, nil
+	}
+	m.writes++
+	m.addresses[p] = true
+	return true, nil
+}
+
+func (m *fakeMachine) delAddress(p netip.Prefix) (bool, error) {
+	if m.dead {
+		return false, errKilled
+	}
+	if !m.addresses[p] {
+		return false, nil
+	}
+	m.writes++
+	delete(m.addresses, p)
+	return true, nil
+}
+
+func (m *fakeMachine) localAddresses() ([]netip.Prefix, error) { return nil, nil }
+
+func (m *fakeMachine) lock(context.Context, time.Duration) (func(), error) {
+	if m.held {
+		return nil, fmt.Errorf("%w: by process 42", ErrLocked)
+	}
+	return func() {}, nil
+}
+
+func (m *fakeMachine) lockHolder() (int, string, bool) { return 42, "kube-proxy", true }
+
+func (m *fakeMachine) userByName(name string) (uint32, bool) {
+	uid, ok := m.users[name]
+	return uid, ok
+}
+
+func (m *fakeMachine) userByID(uid uint32) (string, bool) {
+	for name, u := range m.users {
+		if u == uid {
+			return name, true
+		}
+	}
+	return "", false
+}
+
+func (m *fakeMachine) readFile(path string) ([]byte, error) {
+	text, ok := m.files[path]
+	if !ok {
+		return nil, fs.ErrNotExist
+	}
+	return []byte(text), nil
+}
+
+func (m *fakeMachine) environ(key string) string { return m.env[key] }
+func (m *fakeMachine) procs() procfs.FS {
+	return procfs.FS{Root: m.proc, FileRoot: m.proc, UnitDirs: []string{}}
+}
+
+func (m *fakeMachine) privileged() error {
+	if m.notRoot {
+		return ErrNotRoot
+	}
+	return nil
+}
+
+// all is everything that a machine holds, as text, to compare.
+func (m *fakeMachine) all() string {
+	var b strings.Builder
+	for _, p := range prefixes {
+		fmt.Fprintf(&b, "%s\n%s", p, m.netfilter[p].Save())
+	}
+	fmt.Fprintf(&b, "%v\n", m.addresses)
+	return b.String()
+}
+
+// plan builds a Config for the machine.
+func (m *fakeMachine) plan(t tproxytest.Fataler, c tproxy.Config) *tproxy.Plan {
+	t.Helper()
+	r := Runner{machine: m}
+	h, err := r.Probe(context.Background(), c.Needs())
+	if err != nil {
+		t.Fatalf("Probe: %v", err)
+	}
+	p, err := tproxy.Build(c, h)
+	if err != nil {
+		t.Fatalf("Build: %v", err)
+	}
+	return p
+}

@@ -1,0 +1,7 @@
+//go:build !386 && !s390x
+
+package kernel
+
+import "syscall"
+
+const sysGetsockopt = syscall.SYS_GETSOCKOPT

@@ -1,0 +1,100 @@
+// Package kernel asks the kernel about the network namespace of the calling
+// thread, and makes the small changes there that are no rules: an address on
+// lo, a lock.
+//
+// The calling thread, because a caller that works for another namespace locks
+// its goroutine to its thread and calls setns(2). So everything is asked on
+// that thread: no goroutine is started, netlink sockets are opened for each
+// call and closed again (a socket belongs for ever to the namespace it was
+// opened in), and files are read below /proc/thread-self/net, never /proc/net,
+// which is the main thread's (proc_net(5)).
+//
+// Everything but Linux answers errors.ErrUnsupported.
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+)
+
+// Family is the version of IP.
+type Family uint8
+
+// The families.
+const (
+	IPv4 Family = 4
+	IPv6 Family = 6
+)
+
+func (f Family) String() string {
+	return "IPv" + strconv.Itoa(int(f))
+}
+
+// NFTTable names a table of nf_tables.
+type NFTTable struct {
+	Family string // ip, ip6, inet, arp, bridge, netdev
+	Name   string
+}
+
+// HeldError says that somebody else has a lock.
+type HeldError struct {
+	Name string
+	// PID and Comm are the holder's; 0 and "" if it cannot be told: it is in
+	// another PID namespace, or another user's, or has just let go.
+	PID  int
+	Comm string
+}
+
+func (e *HeldError) Error() string {
+	if e.PID == 0 {
+		return fmt.Sprintf("lock %q is held by another process", e.Name)
+	}
+	return fmt.Sprintf("lock %q is held by %s (pid %d)", e.Name, e.Comm, e.PID)
+}
+
+// Lock takes the lock of that name in the calling thread's network namespace,
+// or returns *HeldError. It is a bound abstract unix socket: those names are
+// per network namespace (unix(7)), leave no file behind, and the kernel lets go
+// of them when the process dies, however it does. A name has 1 to 107 bytes.
+//
+// Any user of the namespace can take it; a lock keeps our own runs apart and
+// guards against nobody.
+func Lock(name string) (*LockHandle, error) {
+	h, err := tryLock(name)
+	if errors.Is(err, errHeld) {
+		return nil, lockHolder(name)
+	}
+	return h, err
+}
+
+// LockWait is Lock for somebody who can wait: while the lock is held it tries
+// again, every 10 ms first and every 100 ms later, until wait is over and
+// *HeldError is returned, or until ctx is done. With a wait of 0 it tries once.
+func LockWait(ctx context.Context, name string, wait time.Duration) (*LockHandle, error) {
+	deadline := time.Now().Add(wait)
+	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+		if err := ctx.Err(); err != nil {
+			return nil, fmt.Errorf("lock %q: %w", name, err)
+		}
+		h, err := tryLock(name)
+		if !errors.Is(err, errHeld) {
+			return h, err
+		}
+		left := time.Until(deadline)
+		if left <= 0 {
+			return nil, lockHolder(name)
+		}
+		timer := time.NewTimer(min(pause, left))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+		case <-timer.C:
+		}
+	}
+}
+
+// errHeld is tryLock's, before anybody looks for the holder: that walks /proc.
+var errHeld = errors.New("held")

@@ -1,0 +1,54 @@
+//go:build !linux
+
+package kernel
+
+import (
+	"errors"
+	"net/netip"
+)
+
+// LockHandle is a lock that is held.
+type LockHandle struct{}
+
+// LegacyTables is for Linux.
+func LegacyTables(Family) ([]string, error) { return nil, errors.ErrUnsupported }
+
+// LegacyRules is for Linux.
+func LegacyRules(Family, string) (bool, error) { return false, errors.ErrUnsupported }
+
+// NFTTables is for Linux.
+func NFTTables() ([]NFTTable, error) { return nil, errors.ErrUnsupported }
+
+// NFTChains is for Linux.
+func NFTChains(family, table string) ([]string, error) { return nil, errors.ErrUnsupported }
+
+// NFTRules is for Linux.
+func NFTRules(family, table string) (bool, error) { return false, errors.ErrUnsupported }
+
+// AddLoopbackAddress is for Linux.
+func AddLoopbackAddress(netip.Prefix) (added bool, err error) { return false, errors.ErrUnsupported }
+
+// DelLoopbackAddress is for Linux.
+func DelLoopbackAddress(netip.Prefix) (removed bool, err error) { return false, errors.ErrUnsupported }
+
+// HasLoopbackAddress is for Linux.
+func HasLoopbackAddress(netip.Addr) (bool, error) { return false, errors.ErrUnsupported }
+
+// LocalAddresses is for Linux.
+func LocalAddresses() ([]netip.Prefix, error) { return nil, errors.ErrUnsupported }
+
+// IPv6Off is for Linux.
+func IPv6Off() (off bool, why string, err error) { return false, "", errors.ErrUnsupported }
+
+// Unlock is for Linux.
+func (h *LockHandle) Unlock() error { return errors.ErrUnsupported }
+
+// XtablesLockHolder is for Linux.
+func XtablesLockHolder() (pid int, comm string, ok bool) { return 0, "", false }
+
+func tryLock(string) (*LockHandle, error) { return nil, errors.ErrUnsupported }
+
+func lockHolder(name string) *HeldError { return &HeldError{Name: name} }
+
+// LegacyChains is for Linux.
+func LegacyChains(Family, string) ([]string, error) { return nil, errors.ErrUnsupported }

@@ -1,0 +1,162 @@
+package exec
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// lifecycle drives a fake host through installs, removals, foreign edits and
+// kills, in any order. Its invariant: what is foreign stays as it is, and a
+// removal leaves nothing of ours.
+type lifecycle struct {
+	m       *fakeMachine
+	foreign int // rules made so far
+}
+
+var configs = []tproxy.Config{
+	{},
+	{Inbound: tproxy.Inbound{ExcludePorts: rules.MustPorts("80,443,8000-8010")}},
+	{DNS: tproxy.DNS{CaptureAll: true}},
+	{Inbound: tproxy.Inbound{Off: true}, DNS: tproxy.DNS{Redirect: true}},
+	{IPFamilyMode: tproxy.IPv4Only, ProxyUIDs: []tproxy.UID{1000680000}, DisableComments: true},
+	{Backend: tproxy.IPTablesLegacy},
+	{Backend: tproxy.IPTablesNFT, Outbound: tproxy.Outbound{ExcludePorts: rules.MustPorts("1-20,30,40,50,60,70,80,90,100,110,120,130,140,150,160")}},
+}
+
+func (l *lifecycle) apply(t *rapid.T) {
+	c := rapid.SampledFrom(configs).Draw(t, "config")
+	r := Runner{machine: l.m}
+	p := l.m.plan(t, c)
+	if _, err := r.Apply(context.Background(), p); err != nil {
+		t.Fatalf("Apply: %v", err)
+	}
+	for _, f := range p.Families {
+		want := rules.Compare(f, l.ours(t, p.Backend, f), p.WithRecord(tproxy.Record{PassthroughAddressOurs: len(p.Families) == 2}))
+		if len(want) > 0 {
+			t.Fatalf("after Apply, %s departs from the plan: %v", f, want)
+		}
+	}
+	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+		for _, f := range rules.Families() {
+			if b == p.Backend && (f == rules.IPv4 || len(p.Families) == 2) {
+				continue
+			}
+			if o := l.ours(t, b, f); len(o.Bases)+len(o.Chains) > 0 {
+				t.Fatalf("after Apply, rules of ours are left in %s %s", b, f)
+			}
+		}
+	}
+	writes := l.m.writes
+	again := l.m.plan(t, p.Config)
+	report, err := r.Apply(context.Background(), again)
+	if err != nil || report.Changed || l.m.writes != writes {
+		t.Fatalf("the same again: %v, %+v, %d writes", err, report, l.m.writes-writes)
+	}
+}
+
+func (l *lifecycle) ours(t *rapid.T, b tproxy.Backend, f rules.Family) rules.Set {
+	all, err := rules.ParseSave(f, l.m.of(b == tproxy.IPTablesNFT, f).Save())
+	if err != nil {
+		t.Fatalf("ParseSave: %v", err)
+	}
+	ours, _ := all.Ours(f, tproxy.Known())
+	return ours
+}
+
+func (l *lifecycle) remove(t *rapid.T) {
+	r := Runner{machine: l.m}
+	if _, err := r.Remove(context.Background(), RemoveOptions{}); err != nil {
+		t.Fatalf("Remove: %v", err)
+	}
+	l.nothingOfOurs(t)
+}
+
+func (l *lifecycle) nothingOfOurs(t *rapid.T) {
+	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+		for _, f := range rules.Families() {
+			if o := l.ours(t, b, f); len(o.Bases)+len(o.Chains) > 0 {
+				t.Fatalf("Remove left something in %s %s:\n%s", b, f, l.m.all())
+			}
+		}
+	}
+	if len(l.m.addresses) > 0 {
+		t.Fatalf("Remove left %v on lo", l.m.addresses)
+	}
+}
+
+// killed makes an install die before a commit, or between two programs.
+func (l *lifecycle) killed(t *rapid.T) {
+	c := rapid.SampledFrom(configs).Draw(t, "config")
+	n := rapid.IntRange(0, 6).Draw(t, "commits")
+	p := l.m.plan(t, c)
+	l.m.stop = func(rules.Table) bool { n--; l.m.dead = n < 0; return l.m.dead }
+	if _, err := (&Runner{machine: l.m}).Apply(context.Background(), p); err != nil && !l.m.dead {
+		t.Fatalf("Apply: %v", err)
+	}
+	l.m.stop, l.m.dead = nil, false
+}
+
+// killedRemoval is killed for Remove.
+func (l *lifecycle) killedRemoval(t *rapid.T) {
+	n := rapid.IntRange(0, 6).Draw(t, "commits")
+	l.m.stop = func(rules.Table) bool { n--; l.m.dead = n < 0; return l.m.dead }
+	if _, err := (&Runner{machine: l.m}).Remove(context.Background(), RemoveOptions{}); err != nil && !l.m.dead {
+		t.Fatalf("Remove: %v", err)
+	}
+	l.m.stop, l.m.dead = nil, false
+}
+
+func (l *lifecycle) edit(t *rapid.T) {
+	p := rapid.SampledFrom(prefixes).Draw(t, "variant")
+	chain := rapid.SampledFrom([]string{"PREROUTING", "OUTPUT", "POSTROUTING"}).Draw(t, "chain")
+	place := rapid.SampledFrom([]string{"-A " + chain, "-I " + chain + " 1"}).Draw(t, "place")
+	l.foreign++
+	script := fmt.Sprintf("*nat\n%s -p tcp -m tcp --dport %d -m comment --comment \"foreign: mentions KUMA_MESH_INBOUND\" -j ACCEPT\nCOMMIT\n", place, 1000+l.foreign%60000)
+	if err := l.m.netfilter[p].Restore([]byte(script), nil); err != nil {
+		t.Fatalf("foreign edit: %v", err)
+	}
+}
+
+// foreignText is everything that is not ours, in order.
+func (l *lifecycle) foreignText() string {
+	var b strings.Builder
+	for _, p := range prefixes {
+		for line := range strings.Lines(string(l.m.netfilter[p].Save())) {
+			if strings.Contains(line, "foreign:") {
+				b.WriteString(p + " " + line)
+			}
+		}
+	}
+	return b.String()
+}
+
+func TestLifecycle(t *testing.T) {
+	proc := fakeProc(t)
+	rapid.Check(t, func(t *rapid.T) {
+		l := &lifecycle{m: newFakeMachineAt(proc)}
+		var foreign string
+		untouched := func(f func(*rapid.T)) func(*rapid.T) {
+			return func(t *rapid.T) {
+				f(t)
+				if now := l.foreignText(); now != foreign {
+					t.Fatalf("foreign rules changed from\n%s\nto\n%s", foreign, now)
+				}
+			}
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"apply":  untouched(l.apply),
+			"remove": untouched(l.remove),
+			"kill":   untouched(l.killed),
+			"kill2":  untouched(l.killedRemoval),
+			"edit":   func(t *rapid.T) { l.edit(t); foreign = l.foreignText() },
+		})
+		l.remove(t)
+	})
+}

@@ -1,0 +1,281 @@
+package exec
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	osexec "os/exec"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/procfs"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// command is a process to start.
+type command struct {
+	Path  string
+	Args  []string
+	Stdin []byte
+}
+
+func (c command) String() string { return strings.Join(append([]string{c.Path}, c.Args...), " ") }
+
+// result is what a process left.
+type result struct {
+	Stdout, Stderr []byte
+	Exit           int
+}
+
+// machine is everything that this package asks of the system, and all by which
+// it changes it: the seam at which tests put a fake one.
+type machine interface {
+	// run starts a process and waits for it. The error is for a process that
+	// could not be started; one that ran has an exit code.
+	run(ctx context.Context, c command) (result, error)
+	// find returns the path of a program, "" when there is none, and what the
+	// path leads to.
+	find(name string) (path, target string)
+
+	// tables, chains and hasRules read the kernel without starting a process
+	// and without making a table. tables lists what exists for a variant; those
+	// of iptables-legacy may be empty.
+	tables(nft bool, f rules.Family) ([]rules.Table, error)
+	chains(nft bool, f rules.Family, t rules.Table) ([]string, error)
+	hasRules(nft bool, f rules.Family, t rules.Table) (bool, error)
+	// foreignTables lists the tables of nftables that iptables does not show.
+	foreignTables() ([]string, error)
+
+	ipv6Off() (off bool, why string, err error)
+	hasAddress(netip.Addr) (bool, error)
+	addAddress(netip.Prefix) (bool, error)
+	delAddress(netip.Prefix) (bool, error)
+	localAddresses() ([]netip.Prefix, error)
+
+	// lock keeps two runs in one network namespace apart.
+	lock(ctx context.Context, wait time.Duration) (unlock func(), err error)
+	lockHolder() (pid int, comm string, ok bool)
+
+	userByName(name string) (uid uint32, ok bool)
+	userByID(uid uint32) (name string, ok bool)
+	readFile(path string) ([]byte, error)
+	environ(key string) string
+	privileged() error
+	procs() procfs.FS
+}
+
+// system is the machine that we run on.
+type system struct{}
+
+func (system) run(ctx context.Context, c command) (result, error) {
+	cmd := osexec.CommandContext(ctx, c.Path, c.Args...)
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	if c.Stdin != nil {
+		cmd.Stdin = bytes.NewReader(c.Stdin)
+	}
+	// iptables says what it says in English and writes numbers as C does.
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	err := cmd.Run()
+	r := result{out.Bytes(), bytes.TrimSpace(errOut.Bytes()), cmd.ProcessState.ExitCode()}
+	if _, exited := errors.AsType[*osexec.ExitError](err); exited {
+		return r, nil
+	}
+	return r, err
+}
+
+// programDirs are searched after PATH: sudo and cron leave sbin out of it.
+var programDirs = []string{"/usr/sbin", "/sbin", "/usr/bin", "/bin"}
+
+func (system) find(name string) (path, target string) {
+	path, err := osexec.LookPath(name)
+	if err != nil || !filepath.IsAbs(path) {
+		path = ""
+		for _, dir := range programDirs {
+			p := filepath.Join(dir, name)
+			if info, err := os.Stat(p); err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0 {
+				path = p
+				break
+			}
+		}
+	}
+	if path == "" {
+		return "", ""
+	}
+	target, err = filepath.EvalSymlinks(path)
+	if err != nil {
+		target = path
+	}
+	return path, target
+}
+
+func nftFamily(f rules.Family) string {
+	if f == rules.IPv6 {
+		return "ip6"
+	}
+	return "ip"
+}
+
+// The tables that iptables has; nft's of the same names are iptables-nft's.
+var iptablesTables = []rules.Table{rules.NAT, rules.Raw, rules.Mangle, rules.Filter, "security"}
+
+func (system) tables(nft bool, f rules.Family) ([]rules.Table, error) {
+	var out []rules.Table
+	if nft {
+		all, err := nftTables()
+		for _, t := range all {
+			if t.Family == nftFamily(f) && isIPTables(t.Name) {
+				out = append(out, rules.Table(t.Name))
+			}
+		}
+		return out, err
+	}
+	names, err := kernel.LegacyTables(kernel.Family(f))
+	for _, n := range names {
+		out = append(out, rules.Table(n))
+	}
+	return out, err
+}
+
+func isIPTables(name string) bool {
+	for _, t := range iptablesTables {
+		if string(t) == name {
+			return true
+		}
+	}
+	return false
+}
+
+func (system) chains(nft bool, f rules.Family, t rules.Table) ([]string, error) {
+	if nft {
+		return kernel.NFTChains(nftFamily(f), string(t))
+	}
+	return kernel.LegacyChains(kernel.Family(f), string(t))
+}
+
+func (system) hasRules(nft bool, f rules.Family, t rules.Table) (bool, error) {
+	if nft {
+		return kernel.NFTRules(nftFamily(f), string(t))
+	}
+	return kernel.LegacyRules(kernel.Family(f), string(t))
+}
+
+// nftTables is empty where the kernel has no nf_tables.
+func nftTables() ([]kernel.NFTTable, error) {
+	all, err := kernel.NFTTables()
+	if errors.Is(err, errors.ErrUnsupported) {
+		return nil, nil
+	}
+	return all, err
+}
+
+func (system) foreignTables() ([]string, error) {
+	all, err := nftTables()
+	var out []string
+	for _, t := range all {
+		if (t.Family != "ip" && t.Family != "ip6") || !isIPTables(t.Name) {
+			out = append(out, t.Family+" "+t.Name)
+		}
+	}
+	return out, err
+}
+
+func (system) ipv6Off() (bool, string, error)             { return kernel.IPv6Off() }
+func (system) hasAddress(a netip.Addr) (bool, error)      { return kernel.HasLoopbackAddress(a) }
+func (system) addAddress(p netip.Prefix) (bool, error)    { return kernel.AddLoopbackAddress(p) }
+func (system) delAddress(p netip.Prefix) (bool, error)    { return kernel.DelLoopbackAddress(p) }
+func (system) localAddresses() ([]netip.Prefix, error)    { return kernel.LocalAddresses() }
+func (system) lockHolder() (pid int, comm string, _ bool) { return kernel.XtablesLockHolder() }
+
+// lockName is the abstract socket that keeps two runs apart.
+const lockName = "kuma-tproxy"
+
+func (system) lock(ctx context.Context, wait time.Duration) (func(), error) {
+	h, err := kernel.LockWait(ctx, lockName, max(wait, 0))
+	if held, ok := errors.AsType[*kernel.HeldError](err); ok {
+		if uid, known := ownerOf(held.PID); known && uid != 0 && uid != uint32(os.Geteuid()) {
+			// Anybody may bind an abstract socket: somebody without our rights
+			// must not be able to keep us from working.
+			return func() {}, nil
+		}
+		return nil, fmt.Errorf("%w: %w", ErrLocked, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return func() { h.Unlock() }, nil
+}
+
+// ownerOf returns the effective UID of a process.
+func ownerOf(pid int) (uint32, bool) {
+	if pid == 0 {
+		return 0, false
+	}
+	for line := range strings.Lines(readProc(strconv.Itoa(pid), "status")) {
+		if rest, ok := strings.CutPrefix(line, "Uid:"); ok {
+			if ids := strings.Fields(rest); len(ids) > 1 {
+				uid, err := strconv.ParseUint(ids[1], 10, 32)
+				return uint32(uid), err == nil
+			}
+		}
+	}
+	return 0, false
+}
+
+func readProc(elem ...string) string {
+	text, err := os.ReadFile(filepath.Join(append([]string{"/proc"}, elem...)...))
+	if err != nil {
+		return "" // gone, or not ours to read: nothing is known
+	}
+	return string(text)
+}
+
+func (system) userByName(name string) (uint32, bool) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		return 0, false
+	}
+	uid, err := strconv.ParseUint(u.Uid, 10, 32)
+	return uint32(uid), err == nil
+}
+
+func (system) userByID(uid uint32) (string, bool) {
+	u, err := user.LookupId(strconv.FormatUint(uint64(uid), 10))
+	if err != nil {
+		return "", false
+	}
+	return u.Username, true
+}
+
+func (system) readFile(path string) ([]byte, error) { return os.ReadFile(path) }
+func (system) environ(key string) string            { return os.Getenv(key) }
+func (system) procs() procfs.FS                     { return procfs.FS{} }
+
+// The capabilities that iptables needs, by their bit (capabilities(7),
+// linux/capability.h).
+const (
+	capNetAdmin = 12
+	capNetRaw   = 13
+)
+
+// privileged returns ErrNotRoot unless the thread has what iptables needs.
+func (system) privileged() error {
+	for line := range strings.Lines(readProc("thread-self", "status")) {
+		if rest, ok := strings.CutPrefix(line, "CapEff:"); ok {
+			set, err := strconv.ParseUint(strings.TrimSpace(rest), 16, 64)
+			if err == nil && set>>capNetAdmin&1 == 1 && set>>capNetRaw&1 == 1 {
+				return nil
+			}
+			return ErrNotRoot
+		}
+	}
+	return fmt.Errorf("capabilities of this thread: %w", fs.ErrNotExist)
+}

@@ -1,0 +1,196 @@
+package exec
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/dns"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/procfs"
+)
+
+// Probe observes what Build has to know of the machine. It changes nothing: no
+// table comes into being, no address, no file. It starts a process only where a
+// file does not answer: to tell the variant of an iptables that is no
+// multi-call binary, or to find a user that the machine's name service alone
+// knows.
+//
+// Without root some of it cannot be seen; Host.Notes says what.
+func (r *Runner) Probe(ctx context.Context, n tproxy.Needs) (tproxy.Host, error) {
+	s, err := r.session()
+	if err != nil {
+		return tproxy.Host{}, err
+	}
+	var h tproxy.Host
+	if n.IPv6 {
+		off, why, err := s.m.ipv6Off()
+		if err != nil {
+			return h, fmt.Errorf("IPv6 of this host: %w", err)
+		}
+		if off {
+			h.IPv6Off = why
+		} else {
+			_, v6 := tproxy.PassthroughAddresses()
+			if h.PassthroughAddress, err = s.m.hasAddress(v6); err != nil {
+				return h, fmt.Errorf("addresses of lo: %w", err)
+			}
+		}
+	}
+	s.users(ctx, n, &h)
+	if err := s.inboundPorts(n, &h); err != nil {
+		return h, err
+	}
+	if n.ResolvConf != "" {
+		if err := s.resolvers(n.ResolvConf, &h); err != nil {
+			return h, err
+		}
+	}
+	h.Variants = s.variants(ctx)
+	return h, nil
+}
+
+// users looks up the proxy's user, where the Config names one or leaves it
+// open.
+func (s *session) users(ctx context.Context, n tproxy.Needs, h *tproxy.Host) {
+	switch {
+	case n.DefaultUser:
+		if name, ok := s.m.userByID(tproxy.DefaultProxyUID); ok {
+			h.Users = append(h.Users, tproxy.User{Name: name, UID: tproxy.DefaultProxyUID})
+		} else if uid, ok := s.m.userByName(tproxy.DefaultProxyUser); ok {
+			h.Users = append(h.Users, tproxy.User{Name: tproxy.DefaultProxyUser, UID: uid})
+		} else {
+			h.Notes = append(h.Notes, fmt.Sprintf("no user has the UID %d yet; to create it: useradd -u %[1]d -U %s", tproxy.DefaultProxyUID, tproxy.DefaultProxyUser))
+		}
+	case n.User == "":
+	default:
+		if _, err := strconv.ParseUint(n.User, 10, 32); err == nil {
+			return // a number is taken as it is, with or without an entry
+		}
+		uid, ok := s.m.userByName(n.User)
+		if !ok {
+			uid, ok = s.getent(ctx, n.User)
+		}
+		if ok {
+			h.Users = append(h.Users, tproxy.User{Name: n.User, UID: uid})
+		}
+	}
+}
+
+// getent asks the machine's name service, of which a static binary reads
+// /etc/passwd alone (os/user).
+func (s *session) getent(ctx context.Context, name string) (uint32, bool) {
+	path, _ := s.m.find("getent")
+	if path == "" {
+		return 0, false
+	}
+	r, err := s.run(ctx, command{Path: path, Args: []string{"passwd", "--", name}})
+	if err != nil || r.Exit != 0 {
+		return 0, false
+	}
+	fields := strings.Split(string(r.Stdout), ":")
+	if len(fields) < 3 || fields[0] != name {
+		return 0, false
+	}
+	uid, err := strconv.ParseUint(fields[2], 10, 32)
+	return uint32(uid), err == nil
+}
+
+// inboundPorts finds the ports by which the machine is operated.
+func (s *session) inboundPorts(n tproxy.Needs, h *tproxy.Host) error {
+	if !n.RemoteShells {
+		return nil
+	}
+	ssh, err := s.m.procs().ListensOn(tproxy.SSHPort)
+	if err != nil {
+		return fmt.Errorf("listening sockets: %w", err)
+	}
+	if s.m.environ("KUBERNETES_SERVICE_HOST") != "" && !ssh {
+		h.Pod = "KUBERNETES_SERVICE_HOST is set and nothing listens on port 22"
+		return nil
+	}
+	if is, why := s.m.procs().Container(); is && !ssh {
+		s.log.Debug("a container without SSH has no way in to protect", "why", why)
+		return nil
+	}
+	shells, partial, err := s.m.procs().RemoteShells()
+	if err != nil {
+		return fmt.Errorf("ports of remote shells: %w", err)
+	}
+	for _, sh := range shells {
+		h.RemoteShells = append(h.RemoteShells, tproxy.RemoteShell{Port: sh.Port, Why: sh.Why})
+	}
+	if partial && s.m.privileged() != nil {
+		h.Notes = append(h.Notes, "not all processes can be seen without root: a server of remote shells may have been overlooked")
+	}
+	return nil
+}
+
+// resolvers reads resolv.conf, and finds who answers at those of its servers
+// that are this host.
+func (s *session) resolvers(path string, h *tproxy.Host) error {
+	text, err := s.m.readFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		h.Notes = append(h.Notes, path+" does not exist: it names no nameserver")
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("nameservers: %w", err)
+	}
+	conf := dns.Parse(text)
+	h.Nameservers = conf.Nameservers
+	local, err := s.m.localAddresses()
+	if err != nil {
+		return fmt.Errorf("addresses of this host: %w", err)
+	}
+	type at struct {
+		addr   netip.Addr
+		socket procfs.Socket
+	}
+	var found []at
+	inodes := make(map[uint64]bool)
+	for _, a := range h.Nameservers {
+		own := a.IsLoopback() || slices.ContainsFunc(local, func(p netip.Prefix) bool { return p.Addr() == a.WithZone("") })
+		if !own {
+			continue
+		}
+		sockets, err := s.m.procs().ListensUDP(a.WithZone(""), 53)
+		if err != nil {
+			return fmt.Errorf("sockets at nameserver %s: %w", a, err)
+		}
+		if len(sockets) == 0 {
+			h.Notes = append(h.Notes, fmt.Sprintf("nothing listens at nameserver %s, which is this host", a))
+		}
+		for _, so := range sockets {
+			found = append(found, at{a, so})
+			inodes[so.Inode] = true
+		}
+	}
+	if len(found) == 0 {
+		return nil
+	}
+	owners, partial, err := s.m.procs().Owners(inodes)
+	if err != nil {
+		return fmt.Errorf("processes at local nameservers: %w", err)
+	}
+	for _, f := range found {
+		for _, p := range owners[f.socket.Inode] {
+			h.LocalResolvers = append(h.LocalResolvers, tproxy.LocalResolver{Address: f.addr, UID: p.UID, PID: p.PID, Program: p.Comm})
+		}
+		if len(owners[f.socket.Inode]) == 0 {
+			// The socket's user is the one who bound it, often root, who may have
+			// become another since: it is no answer.
+			why := "its process is in another PID namespace"
+			if partial {
+				why = "only root can see whose it is"
+			}
+			h.Notes = append(h.Notes, fmt.Sprintf("the user of the resolver at %s is not known (%s): its own queries would come back to it if it asks a redirected server", f.addr, why))
+		}
+	}
+	return nil
+}

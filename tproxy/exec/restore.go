@@ -1,0 +1,200 @@
+package exec
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-iptables/iptables"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// live is what iptables-save said of a family.
+type live struct {
+	all        rules.Set
+	ours       rules.Set
+	references []rules.Reference
+}
+
+// save reads the rules of a family.
+func (s *session) save(ctx context.Context, v tproxy.Variant, f rules.Family) (live, error) {
+	path := v.For(f).Save
+	step := fmt.Sprintf("reading the %s rules of %s", f, v.Backend)
+	r, err := s.run(ctx, command{Path: path})
+	if err != nil {
+		return live{}, &ApplyError{Step: step, Family: f, Program: path, Err: err}
+	}
+	if r.Exit != 0 {
+		return live{}, s.failure(ctx, step, f, v, path, nil, r)
+	}
+	// iptables-nft-save passes over a table that holds what iptables cannot say.
+	if i := bytes.Index(r.Stdout, []byte("is incompatible, use 'nft' tool")); i >= 0 {
+		line := r.Stdout[bytes.LastIndexByte(r.Stdout[:i], '\n')+1 : i]
+		for _, t := range []rules.Table{rules.NAT, rules.Raw} {
+			if bytes.Contains(line, []byte(t)) {
+				return live{}, &ApplyError{Step: step, Family: f, Table: t, Program: path,
+					Err:    fmt.Errorf("table %s %s holds rules that were made with nft and that iptables cannot read", nftFamily(f), t),
+					Remedy: "move them to a table of another name, or use --backend iptables-legacy"}
+			}
+		}
+	}
+	all, err := rules.ParseSave(f, r.Stdout)
+	if err != nil {
+		return live{}, &ApplyError{Step: step, Family: f, Program: path, Err: err}
+	}
+	l := live{all: all}
+	l.ours, l.references = all.Ours(f, tproxy.Known())
+	return l, nil
+}
+
+// restore feeds a script to iptables-restore.
+func (s *session) restore(ctx context.Context, v tproxy.Variant, f rules.Family, step string, script []byte) error {
+	c := command{Path: v.For(f).Restore, Args: []string{"--noflush"}, Stdin: script}
+	// Without --wait the legacy restore gives up at once; the nft one takes no
+	// lock and ignores it (iptables-restore(8)). It is never written as "-w N",
+	// which the legacy one reads as a file's name.
+	if s.wait > 0 {
+		c.Args = append(c.Args, fmt.Sprintf("--wait=%d", s.wait/time.Second))
+		if s.waitInterval > 0 && v.Backend == tproxy.IPTablesLegacy {
+			c.Args = append(c.Args, fmt.Sprintf("--wait-interval=%d", s.waitInterval/time.Microsecond))
+		}
+	}
+	r, err := s.run(ctx, c)
+	if err != nil {
+		return &ApplyError{Step: step, Family: f, Program: c.Path, Err: err}
+	}
+	if r.Exit != 0 {
+		return s.failure(ctx, step, f, v, c.Path, script, r)
+	}
+	return nil
+}
+
+// failedLine finds the line that iptables-restore names: "line 12 failed",
+// "line 5: RULE_APPEND failed (...)", "Error occurred at line: 12".
+var failedLine = regexp.MustCompile(`line:? (\d+)`)
+
+// failure makes an error of what a program of iptables left.
+func (s *session) failure(ctx context.Context, step string, f rules.Family, v tproxy.Variant, path string, script []byte, r result) *ApplyError {
+	e := &ApplyError{Step: step, Family: f, Program: path, Stderr: string(r.Stderr), Err: fmt.Errorf("exit code %d", r.Exit)}
+	lines := bytes.Split(script, []byte("\n"))
+	if m := failedLine.FindStringSubmatch(e.Stderr); m != nil {
+		if n, err := strconv.Atoi(m[1]); err == nil && n >= 1 && n <= len(lines) {
+			e.Line, e.Rule = n, string(lines[n-1])
+			for _, l := range lines[:n] {
+				if t, ok := bytes.CutPrefix(l, []byte("*")); ok {
+					e.Table = rules.Table(t)
+				}
+			}
+		}
+	}
+	e.Version = s.version(path, f, v.Backend)
+	s.diagnose(e, v, script)
+	return e
+}
+
+// diagnose names the cause and the remedy, where the words of iptables tell.
+func (s *session) diagnose(e *ApplyError, v tproxy.Variant, script []byte) {
+	says := func(words ...string) bool {
+		for _, w := range words {
+			if strings.Contains(e.Stderr, w) {
+				return true
+			}
+		}
+		return false
+	}
+	cause := func(err error) { e.Err = fmt.Errorf("%w (%w)", err, e.Err) }
+	switch {
+	case says("xtables lock", "Resource temporarily unavailable"):
+		cause(ErrLocked)
+		if pid, comm, ok := s.m.lockHolder(); ok {
+			e.Remedy = fmt.Sprintf("process %d (%s) holds the xtables lock; wait for it, or wait longer with --wait", pid, comm)
+		} else {
+			e.Remedy = "somebody held the xtables lock for the whole time; wait longer with --wait"
+		}
+	case says("Permission denied", "you must be root", "Operation not permitted"):
+		cause(ErrNotRoot)
+		e.Remedy = "run as root, or with CAP_NET_ADMIN and CAP_NET_RAW; if you did, a security module (SELinux, seccomp) denies it: see its log"
+	case says("missing kernel module", "do you need to insmod", "No chain/target/match by that name", "Couldn't load match", "Couldn't load target", "Extension ", "(No such file or directory)", "Could not fetch rule set generation id", "Failed to initialize nft", "Protocol not supported"):
+		cause(ErrNoModule)
+		e.Remedy = remedyFor(v.Backend, e, script)
+	case says("unrecognized option", "unknown option", "nrecognized option '--wait"):
+		e.Remedy = "this iptables is too old: iptables-restore has --wait since 1.6.2"
+	}
+}
+
+// modules are the kernel modules behind what a rule says, in the order in which
+// they are looked for.
+var modules = []struct{ word, module, instead string }{
+	{"--uid-owner", "xt_owner", ""},
+	{"-j REDIRECT", "xt_REDIRECT", ""},
+	{"-m addrtype", "xt_addrtype", ""},
+	{"-m multiport", "xt_multiport", ""},
+	{"-j CT ", "xt_CT", ", or leave the zones out with --skip-dns-conntrack-zone-split"},
+	{"-m comment", "xt_comment", ", or leave the comments out with --disable-comments"},
+}
+
+// remedyFor names the module that a failed rule, or, when iptables only says
+// that the commit failed, one of the script's rules needs.
+func remedyFor(b tproxy.Backend, e *ApplyError, script []byte) string {
+	rule, certain := e.Rule, e.Rule != "" && e.Rule != "COMMIT"
+	for _, m := range modules {
+		// iptables names the extension that it misses, whichever line it stands on.
+		name := strings.TrimPrefix(m.module, "xt_")
+		if strings.Contains(e.Stderr, "`"+name+"'") || strings.Contains(e.Stderr, "Extension "+name+" ") {
+			return "modprobe " + m.module + m.instead
+		}
+	}
+	var all []string
+	for _, m := range modules {
+		if certain && strings.Contains(rule, m.word) {
+			return "modprobe " + m.module + m.instead
+		}
+		if bytes.Contains(script, []byte(m.word)) {
+			all = append(all, m.module)
+		}
+	}
+	if b == tproxy.IPTablesNFT {
+		all = append([]string{"nf_tables", "nft_compat", "nft_chain_nat"}, all...)
+	} else {
+		all = append([]string{"iptable_nat", "iptable_raw", "ip6table_nat", "ip6table_raw"}, all...)
+	}
+	return "one of these modules is missing; to load them: modprobe -a " + strings.Join(all, " ")
+}
+
+// version says which iptables failed, and what it is too old for. It costs a
+// process, which a failure is worth.
+func (s *session) version(path string, f rules.Family, b tproxy.Backend) string {
+	base := strings.TrimSuffix(strings.TrimSuffix(path, "-restore"), "-save")
+	proto := iptables.ProtocolIPv4
+	if f == rules.IPv6 {
+		proto = iptables.ProtocolIPv6
+	}
+	s.processes++
+	ipt, err := iptables.New(iptables.IPFamily(proto), iptables.Path(base))
+	if err != nil {
+		return ""
+	}
+	v1, v2, v3 := ipt.GetIptablesVersion()
+	text := fmt.Sprintf("iptables %d.%d.%d (%s)", v1, v2, v3, b)
+	if v1 == 1 && (v2 < 6 || v2 == 6 && v3 < 2) {
+		text += ", whose restore has no --wait"
+	}
+	return text
+}
+
+// retryable reports whether reading again and trying again can help: the rules
+// changed between the two, or the kernel was busy.
+func retryable(err error) bool {
+	e, ok := errors.AsType[*ApplyError](err)
+	return ok && !errors.Is(err, ErrLocked) && !errors.Is(err, ErrNotRoot) &&
+		(strings.Contains(e.Stderr, "Device or resource busy") || strings.Contains(e.Stderr, "Interrupted system call") ||
+			strings.Contains(e.Stderr, "File exists") || strings.Contains(e.Stderr, "No such file or directory") ||
+			strings.Contains(e.Stderr, "Bad rule") || strings.Contains(e.Stderr, "does a matching rule exist"))
+}

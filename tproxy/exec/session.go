@@ -1,0 +1,54 @@
+package exec
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"runtime"
+	"time"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+)
+
+// session is one call of a Runner.
+type session struct {
+	m   machine
+	log *slog.Logger
+
+	wait, waitInterval time.Duration
+	processes, retries int
+}
+
+func (r *Runner) session() (*session, error) {
+	s := &session{m: r.machine, log: r.Log, wait: tproxy.DefaultWait}
+	if s.m == nil {
+		if runtime.GOOS != "linux" {
+			return nil, fmt.Errorf("netfilter on %s: %w", runtime.GOOS, ErrUnsupported)
+		}
+		s.m = system{}
+	}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	return s, nil
+}
+
+// patience is how long a process may take beyond its wait for the lock. A
+// restore of 10,000 rules takes less than a second; this is for a machine that
+// has come to a halt.
+const patience = time.Minute
+
+// run starts a process. It is not killed when ctx ends: what it writes, it
+// writes whole.
+func (s *session) run(ctx context.Context, c command) (result, error) {
+	s.processes++
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), max(s.wait, 0)+patience)
+	defer cancel()
+	start := time.Now()
+	r, err := s.m.run(ctx, c)
+	s.log.Debug("ran", "command", c.String(), "exit", r.Exit, "took", time.Since(start), "stderr", string(r.Stderr))
+	if err != nil {
+		return r, fmt.Errorf("%s: %w", c.Path, err)
+	}
+	return r, nil
+}

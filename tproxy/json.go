@@ -1,0 +1,562 @@
+package tproxy
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// MarshalJSON writes the Config with Kuma v3's keys, in a fixed order:
+//
+//   - a key of Kuma's with its effective value, but a port, a wait and a path of
+//     resolv.conf that are not set are left out: to Kuma and to us that is the
+//     default, and what is read back is what was written;
+//   - a key of ours (redirect.inbound.captureSSH and backend) only where it is
+//     not at its default, so that Kuma loads the rest.
+//
+// Besides keys of ours, Kuma does not load ranges of ports and more than one of
+// ProxyUIDs. What the Config ignores is not written (ProxyUser beside
+// ProxyUIDs); a number in ProxyUser is read back as ProxyUIDs, and a negative
+// Wait, which is Kuma's 0, as -1 s.
+//
+// The error is a *ConfigError: an invalid Config has no text.
+func (c Config) MarshalJSON() ([]byte, error) {
+	faults := c.faults()
+	for _, k := range keys {
+		if s, ok := k.value(&c).(string); ok && !utf8.ValidString(s) {
+			faults = append(faults, ConfigFault{k.path, s, "is not UTF-8", "text that JSON can hold"})
+		}
+	}
+	if faults != nil {
+		return nil, &ConfigError{faults}
+	}
+	out := []byte{'{'}
+	var open []string // the objects that the last key stands in
+	for _, k := range keys {
+		v := k.value(&c)
+		if v == nil {
+			continue
+		}
+		groups := strings.Split(k.path, ".")
+		name := groups[len(groups)-1]
+		groups = groups[:len(groups)-1]
+		same := 0
+		for same < min(len(open), len(groups)) && open[same] == groups[same] {
+			same++
+		}
+		out = append(out, strings.Repeat("}", len(open)-same)...)
+		if out[len(out)-1] != '{' {
+			out = append(out, ',')
+		}
+		for _, g := range groups[same:] {
+			out = append(strconv.AppendQuote(out, g), ":{"...)
+		}
+		open = groups
+		text, err := json.Marshal(v)
+		if err != nil {
+			return nil, err
+		}
+		out = append(append(strconv.AppendQuote(out, name), ':'), text...)
+	}
+	return append(out, strings.Repeat("}", len(open)+1)...), nil
+}
+
+// UnmarshalJSON reads a configuration with Kuma v3's keys and ours over the
+// Config: a key that is not there, or null, leaves its field as it was, and a
+// list takes the place of the list before it. Types are those that Kuma takes.
+//
+// A key of Kuma's whose feature is not built yet is accepted at its default.
+// The error is that of encoding/json for text that is no JSON, and otherwise a
+// *ConfigError with every fault of the text; the Config is then unchanged. What
+// holds between several keys, Config.Validate says: they can come from several
+// texts.
+func (c *Config) UnmarshalJSON(text []byte) error {
+	var all json.RawMessage
+	if err := json.Unmarshal(text, &all); err != nil {
+		return err
+	}
+	r := reader{config: *c}
+	r.object("", all)
+	if r.faults != nil {
+		return &ConfigError{r.faults}
+	}
+	*c = r.config
+	return nil
+}
+
+// A key is one leaf of the configuration. The order of keys is that of the
+// output; the keys of one object stand together.
+type key struct {
+	path string
+	// value is what to write, nil for nothing.
+	value func(*Config) any
+	read  func(*Config, json.RawMessage) []ConfigFault // without the path
+}
+
+var keys = []key{
+	field("kumaDPUser", func(c *Config) *Config { return c }, writeUser, readUser),
+	field("ipFamilyMode", func(c *Config) *IPFamilyMode { return &c.IPFamilyMode },
+		func(m IPFamilyMode) any { return m.String() }, readName(ParseIPFamilyMode, "dualstack or ipv4")),
+
+	field("redirect.inbound.enabled", func(c *Config) *bool { return &c.Inbound.Off }, writeNot, readNot),
+	port("redirect.inbound.port", func(c *Config) *uint16 { return &c.Inbound.Port }),
+	notYet("redirect.inbound.includePorts", "[]", `""`),
+	ports("redirect.inbound.excludePorts", func(c *Config) *rules.Ports { return &c.Inbound.ExcludePorts }),
+	{"redirect.inbound.excludePortsForUIDs", nothing, refuse("has no meaning: who sent a packet from another host is not known here", "[]", `""`)},
+	prefixes("redirect.inbound.excludePortsForIPs", func(c *Config) *[]netip.Prefix { return &c.Inbound.ExcludeIPs }),
+	notYet("redirect.inbound.insertRedirectInsteadOfAppend", "false"),
+	field("redirect.inbound.captureSSH", func(c *Config) *bool { return &c.Inbound.CaptureSSH }, writeTrue, readBool),
+
+	field("redirect.outbound.enabled", func(c *Config) *bool { return &c.Outbound.Off }, writeNot, readNot),
+	port("redirect.outbound.port", func(c *Config) *uint16 { return &c.Outbound.Port }),
+	notYet("redirect.outbound.includePorts", "[]", `""`),
+	ports("redirect.outbound.excludePorts", func(c *Config) *rules.Ports { return &c.Outbound.ExcludePorts }),
+	field("redirect.outbound.excludePortsForUIDs", func(c *Config) *[]UIDExclusion { return &c.Outbound.ExcludePortsForUIDs },
+		writeList[UIDExclusion], readExclusions),
+	prefixes("redirect.outbound.excludePortsForIPs", func(c *Config) *[]netip.Prefix { return &c.Outbound.ExcludeIPs }),
+	notYet("redirect.outbound.insertRedirectInsteadOfAppend", "false"),
+
+	field("redirect.dns.enabled", func(c *Config) *bool { return &c.DNS.Redirect }, write, readBool),
+	field("redirect.dns.captureAll", func(c *Config) *bool { return &c.DNS.CaptureAll }, write, readBool),
+	port("redirect.dns.port", func(c *Config) *uint16 { return &c.DNS.Port }),
+	field("redirect.dns.skipConntrackZoneSplit", func(c *Config) *bool { return &c.DNS.SkipConntrackZoneSplit }, write, readBool),
+	field("redirect.dns.resolvConfigPath", func(c *Config) *string { return &c.DNS.ResolvConf }, writeSet, readString("a path")),
+	notYet("redirect.vnet.networks", "[]", `""`),
+
+	notYet("dropInvalidPackets", "false"),
+	notYet("log.enabled", "false"),
+	notYet("log.level", "7"),
+	field("wait", func(c *Config) *time.Duration { return &c.Wait }, writeWait, readWait),
+	field("waitInterval", func(c *Config) *time.Duration { return &c.WaitInterval },
+		func(d time.Duration) any { return d.Microseconds() }, readInterval),
+	notYet("retry.maxRetries", "4"),
+	notYet("retry.sleepBetweenRetries", `"2s"`),
+	notYet("storeFirewalld", "false"),
+	// Kuma's Helm chart writes all of them, empty.
+	notYet("iptablesExecutables.iptables", `""`),
+	notYet("iptablesExecutables.iptables-save", `""`),
+	notYet("iptablesExecutables.iptables-restore", `""`),
+	notYet("iptablesExecutables.ip6tables", `""`),
+	notYet("iptablesExecutables.ip6tables-save", `""`),
+	notYet("iptablesExecutables.ip6tables-restore", `""`),
+	field("comments.disabled", func(c *Config) *bool { return &c.DisableComments }, write, readBool),
+	notYet("verbose", "false"),
+	notYet("dryRun", "false"),
+	field("cniMode", func(c *Config) *bool { return &c.Pod }, write, readBool),
+	field("backend", func(c *Config) *Backend { return &c.Backend }, writeBackend,
+		readName(ParseBackend, "auto, iptables-nft or iptables-legacy")),
+}
+
+// field makes a key of a field of the Config.
+func field[T any](path string, of func(*Config) *T, write func(T) any, read func(*T, json.RawMessage) []ConfigFault) key {
+	return key{path,
+		func(c *Config) any { return write(*of(c)) },
+		func(c *Config, raw json.RawMessage) []ConfigFault { return read(of(c), raw) }}
+}
+
+func port(path string, of func(*Config) *uint16) key {
+	return field(path, of, writeSet, func(p *uint16, raw json.RawMessage) []ConfigFault {
+		return readNumber(raw, 1, rules.MaxPort, "a port from 1 to 65535", func(n int64) { *p = uint16(n) })
+	})
+}
+
+func ports(path string, of func(*Config) *rules.Ports) key {
+	const accepted = "a port from 1 to 65535, a range such as 80-90, or a list of them"
+	return field(path, of, write, func(p *rules.Ports, raw json.RawMessage) []ConfigFault {
+		var entries []string
+		faults := eachEntry(raw, ",", true, accepted, func(e string) error {
+			_, err := rules.ParsePorts(e)
+			entries = append(entries, e)
+			return err
+		})
+		*p, _ = rules.ParsePorts(strings.Join(entries, ",")) // its errors are faults already
+		return faults
+	})
+}
+
+func prefixes(path string, of func(*Config) *[]netip.Prefix) key {
+	return field(path, of, writeList[netip.Prefix], func(list *[]netip.Prefix, raw json.RawMessage) []ConfigFault {
+		*list = nil
+		return eachEntry(raw, ",", false, acceptedPrefix, func(e string) error {
+			p, err := parsePrefix(e)
+			*list = append(*list, p)
+			return err
+		})
+	})
+}
+
+// notYet makes a key of Kuma's whose feature is not built yet: it has to be at
+// its default.
+func notYet(path string, defaults ...string) key {
+	return key{path, nothing, refuse("is known, not supported yet", defaults...)}
+}
+
+func nothing(*Config) any { return nil }
+
+// refuse reads nothing but a default.
+func refuse(why string, defaults ...string) func(*Config, json.RawMessage) []ConfigFault {
+	return func(_ *Config, raw json.RawMessage) []ConfigFault {
+		var b bytes.Buffer
+		_ = json.Compact(&b, raw) // it is JSON: it was read before
+		if slices.Contains(defaults, b.String()) {
+			return nil
+		}
+		return bad(raw, why, "the default, "+defaults[0])
+	}
+}
+
+func bad(raw json.RawMessage, what, accepted string) []ConfigFault {
+	return []ConfigFault{{Value: quotable(raw), What: what, Accepted: accepted}}
+}
+
+// quotable is a value as it stands in an error: a string without its quotes,
+// nothing longer than a line.
+func quotable(raw json.RawMessage) string {
+	var s string
+	if json.Unmarshal(raw, &s) != nil {
+		s = string(raw)
+	}
+	return short(s)
+}
+
+func short(s string) string {
+	const most = 60
+	if r := []rune(s); len(r) > most {
+		return string(r[:most]) + "..."
+	}
+	return s
+}
+
+func write[T any](v T) any { return v }
+
+// writeSet leaves out the zero value.
+func writeSet[T comparable](v T) any {
+	var zero T
+	if v == zero {
+		return nil
+	}
+	return v
+}
+
+func writeTrue(v bool) any { return writeSet(v) }
+
+func writeNot(v bool) any { return !v }
+
+func writeList[T fmt.Stringer](list []T) any {
+	out := make([]string, len(list)) // not nil: Kuma's default is a list
+	for i, v := range list {
+		out[i] = v.String()
+	}
+	return out
+}
+
+func writeUser(c Config) any {
+	if len(c.ProxyUIDs) == 0 {
+		return c.ProxyUser
+	}
+	out := make([]string, len(c.ProxyUIDs))
+	for i, u := range c.ProxyUIDs {
+		out[i] = strconv.FormatUint(uint64(u), 10)
+	}
+	return strings.Join(out, ",")
+}
+
+func writeWait(d time.Duration) any {
+	if d == 0 {
+		return nil
+	}
+	return int64(max(d, 0) / time.Second)
+}
+
+func writeBackend(b Backend) any {
+	if b == Auto {
+		return nil
+	}
+	return b.String()
+}
+
+func readBool(v *bool, raw json.RawMessage) []ConfigFault {
+	if json.Unmarshal(raw, v) != nil {
+		return bad(raw, "is no boolean", "true or false")
+	}
+	return nil
+}
+
+func readNot(v *bool, raw json.RawMessage) []ConfigFault {
+	on := !*v
+	faults := readBool(&on, raw)
+	*v = !on
+	return faults
+}
+
+func readString(accepted string) func(*string, json.RawMessage) []ConfigFault {
+	return func(s *string, raw json.RawMessage) []ConfigFault {
+		if json.Unmarshal(raw, s) != nil {
+			return bad(raw, "is no text", accepted+" in quotes")
+		}
+		return nil
+	}
+}
+
+func readName[T any](parse func(string) (T, error), accepted string) func(*T, json.RawMessage) []ConfigFault {
+	return func(v *T, raw json.RawMessage) []ConfigFault {
+		var name string
+		if faults := readString(accepted)(&name, raw); faults != nil {
+			return faults
+		}
+		parsed, err := parse(name)
+		if err != nil {
+			return bad(raw, "is not accepted", accepted)
+		}
+		*v = parsed
+		return nil
+	}
+}
+
+// readUser reads numbers as ProxyUIDs and anything else as ProxyUser.
+func readUser(c *Config, raw json.RawMessage) []ConfigFault {
+	const accepted = "a user's name, a UID from 0 to 4294967294, or a comma list of UIDs"
+	var text string
+	if faults := readString(accepted)(&text, raw); faults != nil {
+		return faults
+	}
+	c.ProxyUIDs, c.ProxyUser = nil, text
+	if text == "" {
+		return nil
+	}
+	var uids []UID
+	for part := range strings.SplitSeq(text, ",") {
+		uid, err := strconv.ParseUint(strings.TrimSpace(part), 10, 32)
+		if err != nil {
+			break
+		}
+		uids = append(uids, UID(uid))
+	}
+	if len(uids) == strings.Count(text, ",")+1 {
+		c.ProxyUIDs, c.ProxyUser = uids, ""
+	}
+	if (Config{ProxyUIDs: c.ProxyUIDs, ProxyUser: c.ProxyUser}).faults() != nil {
+		return bad(raw, "is no user", accepted)
+	}
+	return nil
+}
+
+func readNumber(raw json.RawMessage, lowest, highest int64, accepted string, set func(int64)) []ConfigFault {
+	n, err := strconv.ParseInt(string(raw), 10, 64) // a quoted number fails here, as it does in Kuma
+	if err != nil || n < lowest || n > highest {
+		return bad(raw, "is not accepted", accepted)
+	}
+	set(n)
+	return nil
+}
+
+// readWait reads Kuma's 0 as not to wait: Kuma then calls iptables without
+// --wait.
+func readWait(d *time.Duration, raw json.RawMessage) []ConfigFault {
+	return readNumber(raw, 0, 1<<31-1, "whole seconds from 0 to 2147483647", func(n int64) {
+		if *d = time.Duration(n) * time.Second; n == 0 {
+			*d = -time.Second
+		}
+	})
+}
+
+func readInterval(d *time.Duration, raw json.RawMessage) []ConfigFault {
+	return readNumber(raw, 0, 999999, "whole microseconds from 0 to 999999", func(n int64) {
+		*d = time.Duration(n) * time.Microsecond
+	})
+}
+
+func readExclusions(list *[]UIDExclusion, raw json.RawMessage) []ConfigFault {
+	*list = nil
+	return eachEntry(raw, ";", false, "proto:ports:uids, ports:uids or uids, such as tcp:22,80-90:1000-1005", func(e string) error {
+		x, err := ParseUIDExclusion(e)
+		*list = append(*list, x)
+		return err
+	})
+}
+
+// eachEntry parses each entry of a list of strings, or of one string; entries
+// can be separated within a string. With numbers, either can be a number too.
+func eachEntry(raw json.RawMessage, separator string, numbers bool, accepted string, parse func(string) error) (faults []ConfigFault) {
+	list := []json.RawMessage{raw}
+	if raw[0] == '[' {
+		_ = json.Unmarshal(raw, &list) // it is JSON: it was read before
+	} else if string(raw) == `""` {
+		return nil
+	}
+	for _, item := range list {
+		var text string
+		switch isNumber := item[0] == '-' || '0' <= item[0] && item[0] <= '9'; {
+		case isNumber && numbers:
+			text = string(item)
+		case item[0] != '"':
+			faults = append(faults, bad(item, "is not accepted", accepted)...)
+			continue
+		default:
+			_ = json.Unmarshal(item, &text)
+		}
+		for e := range strings.SplitSeq(text, separator) {
+			e = strings.TrimSpace(e)
+			if e == "" {
+				faults = append(faults, ConfigFault{Value: text, What: "has an empty entry", Accepted: accepted})
+			} else if err := parse(e); err != nil {
+				faults = append(faults, entryFault(e, accepted, err))
+			}
+		}
+	}
+	return faults
+}
+
+// entryFault says of an entry what its parser said of it, once.
+func entryFault(entry, accepted string, err error) ConfigFault {
+	detail := strings.ReplaceAll(err.Error(), "\n", "; ")
+	detail = strings.TrimLeft(strings.TrimPrefix(detail, strconv.Quote(entry)), ": ")
+	if strings.HasPrefix(detail, "accepted is ") {
+		return ConfigFault{Value: entry, What: "cannot be read", Accepted: accepted}
+	}
+	return ConfigFault{Value: entry, What: "cannot be read (" + detail + ")", Accepted: accepted}
+}
+
+// mostFaults bounds the work that a hostile text can make.
+const mostFaults = 1000
+
+// reader collects the faults of one text.
+type reader struct {
+	config Config
+	faults []ConfigFault
+}
+
+// object reads the members of the object at a path; the path of the whole text
+// is empty.
+func (r *reader) object(path string, raw json.RawMessage) {
+	switch {
+	case string(raw) == "null":
+		return
+	case path == "iptablesExecutables" && raw[0] == '"':
+		// Kuma takes name:path,... here too.
+		if string(raw) != `""` {
+			r.add(path, bad(raw, "is known, not supported yet", `the default, ""`))
+		}
+		return
+	case raw[0] != '{':
+		r.add(path, bad(raw, "is no object", "an object with the keys "+strings.Join(members(path), ", ")))
+		return
+	}
+	seen := map[string]bool{}
+	d := json.NewDecoder(bytes.NewReader(raw))
+	_, _ = d.Token() // the brace; errors cannot be: it was read before
+	for d.More() {
+		token, _ := d.Token()
+		name, _ := token.(string)
+		var value json.RawMessage
+		if d.Decode(&value) != nil {
+			return
+		}
+		at := name
+		if path != "" {
+			at = path + "." + name
+		}
+		switch {
+		case len(r.faults) > mostFaults:
+			return // a file of another kind, and nobody reads on
+		case seen[name]:
+			r.add(at, bad(value, "is given twice", "a key once"))
+		default:
+			seen[name] = true
+			r.member(at, name, value)
+		}
+	}
+}
+
+func (r *reader) member(path, name string, raw json.RawMessage) {
+	i := slices.IndexFunc(keys, func(k key) bool { return k.path == path })
+	switch {
+	case name == "" || strings.Contains(name, ".") || i < 0 && members(path) == nil:
+		r.add(short(path), []ConfigFault{{Value: short(name), What: "is no key of the configuration", Accepted: nearest(path) + ", the nearest one"}})
+	case i < 0:
+		r.object(path, raw)
+	case string(raw) != "null":
+		r.add(path, keys[i].read(&r.config, raw))
+	}
+}
+
+func (r *reader) add(path string, faults []ConfigFault) {
+	for _, f := range faults {
+		f.Path = or(path, ".")
+		r.faults = append(r.faults, f)
+	}
+}
+
+// members lists the keys of the object at a path, nil when there is no such
+// object.
+func members(path string) (out []string) {
+	for _, k := range keys {
+		rest := "." + k.path
+		if path != "" {
+			var inside bool
+			if rest, inside = strings.CutPrefix(k.path, path); !inside || !strings.HasPrefix(rest, ".") {
+				continue
+			}
+		}
+		name, _, _ := strings.Cut(rest[1:], ".")
+		if !slices.Contains(out, name) {
+			out = append(out, name)
+		}
+	}
+	return out
+}
+
+// nearest is the path of the key, or of the object, that is most like an
+// unknown path. A right name in a wrong place counts as one slip.
+func nearest(path string) string {
+	last := func(p string) string { return p[strings.LastIndexByte(p, '.')+1:] }
+	best, least := "", -1
+	try := func(known string) {
+		d := min(distance(path, known), 1+distance(last(path), last(known)))
+		if least < 0 || d < least {
+			best, least = known, d
+		}
+	}
+	for _, k := range keys {
+		for i, b := range []byte(k.path) {
+			if b == '.' {
+				try(k.path[:i])
+			}
+		}
+		try(k.path)
+	}
+	return best
+}
+
+// distance is Levenshtein's: how many characters to insert, delete or replace
+// to make one string of the other. Only the first characters count, which are
+// more than any key has: a file can hold a key of any length.
+func distance(a, b string) int {
+	s, t := []rune(a), []rune(b)
+	s = s[:min(len(s), 100)]
+	row := make([]int, len(t)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i, x := range s {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j, y := range t {
+			cost := diagonal
+			if x != y {
+				cost++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(cost, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(t)]
+}
