@@ -102,7 +102,7 @@ func (c Config) faults() (out []ConfigFault) {
 			fault("redirect.outbound.excludePortsForUIDs", e, "names no user", "UIDs from 0 to 4294967294")
 		}
 	}
-	if c.Wait > 0 && c.Wait%time.Second != 0 || c.Wait > 1<<31*time.Second {
+	if c.Wait > 0 && c.Wait%time.Second != 0 || c.Wait >= 1<<31*time.Second {
 		fault("wait", c.Wait, "is not whole seconds", "0 s to 2^31-1 s in whole seconds")
 	}
 	if c.WaitInterval < 0 || c.WaitInterval%time.Microsecond != 0 || c.WaitInterval >= time.Second {

@@ -234,7 +234,7 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 			t.report.Families = append(t.report.Families, fr)
 			return nil
 		}
-		if err := blocked(j, now, want); err != nil {
+		if err := blocked(j, now); err != nil {
 			return err
 		}
 		fr.Script = rules.Transition(j.family, now.ours, want)
@@ -285,18 +285,18 @@ func (t *transaction) putBack(ctx context.Context, j *job) (bool, error) {
 	return true, t.restore(ctx, j.variant, j.family, putBackText(j), script)
 }
 
-// blocked names the foreign rules that keep a chain of ours from being removed:
-// the kernel refuses to delete a chain that something jumps to, and the rule is
-// not ours to take out.
-func blocked(j *job, now live, want rules.Set) error {
-	for _, ref := range now.references {
-		if _, stays := want.Chain(ref.Table, ref.Rule.Target()); !stays {
-			return &ApplyError{Step: j.step, Family: j.family, Table: ref.Table,
-				Err:    fmt.Errorf("chain %s cannot be removed: a rule that is not ours jumps to it: %s", ref.Rule.Target(), ref),
-				Remedy: "take that rule out first"}
-		}
+// blocked names the foreign rule that jumps to a chain of ours. The chain could
+// not be removed as long as it stands (the kernel refuses), nor could it be
+// filled: other packets than those of our own jump would meet our rules. The
+// rule is not ours to take out.
+func blocked(j *job, now live) error {
+	if len(now.references) == 0 {
+		return nil
 	}
-	return nil
+	ref := now.references[0]
+	return &ApplyError{Step: j.step, Family: j.family, Table: ref.Table,
+		Err:    fmt.Errorf("a rule that is not ours jumps to our chain %s: %s", ref.Rule.Target(), ref),
+		Remedy: "take that rule out first; if Kuma's own installer made it, with Kuma's uninstall"}
 }
 
 // rollback takes back what was done, the last first, and says so in the error.

@@ -8,6 +8,7 @@ import (
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+	"github.com/kumahq/kuma-tproxy/tproxy/sim"
 )
 
 func hostPrefix(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
@@ -62,4 +63,58 @@ func (t *transaction) filters(p *tproxy.Plan) (notes []string) {
 	return notes
 }
 
-func inputFilter(f rules.Family, all rules.Set, port uint16) []string { return nil }
+// Documentation addresses (RFC 5737, RFC 3849): another host, and this one.
+var (
+	somewhere = map[rules.Family]netip.Addr{rules.IPv4: netip.MustParseAddr("192.0.2.1"), rules.IPv6: netip.MustParseAddr("2001:db8::1")}
+	here      = map[rules.Family]netip.Addr{rules.IPv4: netip.MustParseAddr("192.0.2.2"), rules.IPv6: netip.MustParseAddr("2001:db8::2")}
+)
+
+// inputFilter walks a redirected connection through the filter table as
+// iptables-save showed it: INPUT sees it with the proxy's port.
+func inputFilter(f rules.Family, all rules.Set, port uint16) []string {
+	var filter rules.Set
+	for _, c := range all.Bases {
+		if c.Table == rules.Filter && c.Hook == rules.Input {
+			c.Rules = admitTranslated(c.Rules)
+			filter.Bases = append(filter.Bases, c)
+		}
+	}
+	for _, c := range all.Chains {
+		if c.Table == rules.Filter {
+			c.Rules = admitTranslated(c.Rules)
+			filter.Chains = append(filter.Chains, c)
+		}
+	}
+	packet := sim.Packet{
+		Path: sim.In, Protocol: rules.TCP, InInterface: "eth0",
+		Source:      netip.AddrPortFrom(somewhere[f], 40000),
+		Destination: netip.AddrPortFrom(here[f], port),
+	}
+	program := "iptables"
+	if f == rules.IPv6 {
+		program = "ip6tables"
+	}
+	// ctstate DNAT: only what was translated, not a connection that names the
+	// proxy's port itself (conntrack in iptables-extensions(8)).
+	admit := fmt.Sprintf("%s -I INPUT -p tcp --dport %d -m conntrack --ctstate DNAT -j ACCEPT", program, port)
+	trace := sim.Walk(filter, sim.EnvOf(here[f]), packet)
+	switch trace.Kind {
+	case sim.Untouched:
+		return nil
+	case sim.Unknown:
+		return []string{fmt.Sprintf("whether the %s filter of INPUT admits redirected connections, which come to port %d, cannot be told (%s); this rule makes it: %s", f, port, trace.Reason, admit)}
+	}
+	return []string{fmt.Sprintf("the %s filter of INPUT drops redirected connections, which come to port %d (%s); admit them: %s", f, port, trace.Summary(), admit)}
+}
+
+// admitTranslated takes the condition that a connection was translated, which
+// the one that is walked was, out of the rules that make it.
+func admitTranslated(in []rules.Rule) []rules.Rule {
+	out := slices.Clone(in)
+	for i, r := range out {
+		out[i].Matches = slices.DeleteFunc(slices.Clone(r.Matches), func(m rules.Match) bool {
+			return m == rules.Match(rules.CTState{States: "DNAT"})
+		})
+	}
+	return out
+}

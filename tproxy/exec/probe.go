@@ -144,6 +144,9 @@ func (s *session) resolvers(path string, h *tproxy.Host) error {
 	}
 	conf := dns.Parse(text)
 	h.Nameservers = conf.Nameservers
+	for _, l := range conf.Ignored {
+		h.Notes = append(h.Notes, fmt.Sprintf("%s line %d names no nameserver for us (%s): %q", path, l.Number, l.Why, l.Text))
+	}
 	local, err := s.m.localAddresses()
 	if err != nil {
 		return fmt.Errorf("addresses of this host: %w", err)

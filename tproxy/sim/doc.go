@@ -1,0 +1,13 @@
+// Package sim walks packets through a [rules.Set] as the kernel would: the base
+// chains of a packet's path in the order of their priorities
+// (linux/netfilter_ipv4.h), jumps, gotos, returns and policies included. [Walk]
+// says what becomes of the packet and which rules it met, [Decide] the first
+// alone, and [Follow] goes on through the proxy until the connection ends.
+//
+// What a walk cannot know, such as a match that the parser left opaque, makes
+// the verdict [Unknown]; it is never guessed and never skipped. Source NAT
+// (nat INPUT and POSTROUTING) is not walked: it does not change where a packet
+// goes.
+//
+// The package is pure: it reads no file, starts no process and never logs.
+package sim

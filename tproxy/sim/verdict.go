@@ -1,0 +1,162 @@
+package sim
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// Kind is what becomes of a packet.
+type Kind uint8
+
+const (
+	// Unknown means that the walk cannot tell.
+	Unknown Kind = iota
+	// Untouched reaches the address and port it was sent to.
+	Untouched
+	// Redirected reaches a port of this host.
+	Redirected
+	// Refused is answered with a reset, or rejected by a filter.
+	Refused
+	// Dropped is discarded silently.
+	Dropped
+)
+
+var kindNames = [...]string{Unknown: "unknown", Untouched: "untouched", Redirected: "redirected", Refused: "refused", Dropped: "dropped"}
+
+func (k Kind) String() string {
+	if int(k) < len(kindNames) {
+		return kindNames[k]
+	}
+	return fmt.Sprintf("Kind(%d)", uint8(k))
+}
+
+// Verdict is what becomes of a packet. Two verdicts can be compared with ==.
+type Verdict struct {
+	Kind Kind
+	// Port is where a Redirected packet goes.
+	Port uint16
+	// Zone is the conntrack zone of the packet's connection.
+	Zone uint16
+}
+
+func (v Verdict) String() string {
+	s := v.Kind.String()
+	if v.Kind == Redirected {
+		s = fmt.Sprintf("%s to port %d", s, v.Port)
+	}
+	if v.Zone != 0 {
+		s = fmt.Sprintf("%s in zone %d", s, v.Zone)
+	}
+	return s
+}
+
+// Trace is a walk.
+type Trace struct {
+	Packet Packet
+	Verdict
+	// Steps are the rules that the packet met, in order.
+	Steps []Step
+	// Reason is why the verdict is what it is.
+	Reason string
+}
+
+// Step is a rule on a packet's way.
+type Step struct {
+	Table rules.Table
+	Chain string // the chain's or the hook's name
+	Index int    // of the rule in its chain, from 1
+	Rule  rules.Rule
+	// Matched is whether all matches held.
+	Matched bool
+	// Because is why the rule does not match, or why that cannot be told.
+	Because string
+}
+
+// Place writes table, chain and index, such as "nat PREROUTING #1".
+func (s Step) Place() string { return fmt.Sprintf("%s %s #%d", s.Table, s.Chain, s.Index) }
+
+// why is the rule's reason, or, where it has none, the rule.
+func (s Step) why() string {
+	if s.Rule.Why != "" {
+		return s.Rule.Why
+	}
+	return s.Rule.String()
+}
+
+// String writes the step as a line.
+func (s Step) String() string {
+	if !s.Matched {
+		return fmt.Sprintf("  %s %s: %s", s.Place(), s.why(), s.Because)
+	}
+	return fmt.Sprintf("* %s %s", s.Place(), s.why())
+}
+
+// Deciding returns the step that made the verdict; ok is false where no rule
+// did.
+func (t Trace) Deciding() (step Step, ok bool) {
+	for i := len(t.Steps) - 1; i >= 0; i-- {
+		s := t.Steps[i]
+		switch t.Kind {
+		case Unknown:
+			return s, true
+		case Dropped, Refused, Redirected:
+			if !s.Matched {
+				continue
+			}
+			switch a := s.Rule.Action.(type) {
+			case rules.Redirect:
+				if (t.Kind == Redirected || t.Kind == Refused && a.Port == 0) && s.Table == rules.NAT {
+					return s, true
+				}
+			case rules.Drop:
+				if t.Kind == Dropped {
+					return s, true
+				}
+			case rules.Reject:
+				if t.Kind == Refused {
+					return s, true
+				}
+			}
+		case Untouched:
+			if !s.Matched || s.Table != rules.NAT || s.Rule.Target() != "" {
+				continue
+			}
+			// A rule without matches only marks the end of a chain: what sent the
+			// packet on before says more.
+			if !ok || len(step.Rule.Matches) == 0 && len(s.Rule.Matches) > 0 {
+				step, ok = s, true
+			}
+		}
+	}
+	return step, ok
+}
+
+// Summary writes the walk as one line: the rules that matched, the reason, the
+// verdict.
+func (t Trace) Summary() string {
+	var places []string
+	for _, s := range t.Steps {
+		if s.Matched {
+			places = append(places, s.Place())
+		}
+	}
+	line := t.Reason + " => " + t.Verdict.String()
+	if places != nil {
+		line = strings.Join(places, ", ") + ": " + line
+	}
+	return line
+}
+
+// String writes the walk for people: the packet, a line for each rule it met,
+// with a star where the rule matched, and the summary.
+func (t Trace) String() string {
+	var b strings.Builder
+	b.WriteString(t.Packet.String() + "\n")
+	for _, s := range t.Steps {
+		b.WriteString(s.String() + "\n")
+	}
+	b.WriteString(t.Summary() + "\n")
+	return b.String()
+}

@@ -1,0 +1,471 @@
+package sim
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// Walk sends the packet through the Set and returns its way. It takes a
+// microsecond or two for the rules of a default plan; where the way does not
+// matter, Decide is cheaper.
+func Walk(set rules.Set, env Env, p Packet) Trace {
+	t := Trace{Packet: p}
+	w := walker{set: &set, env: env, p: p, trace: &t}
+	t.Verdict = w.walk()
+	if t.Reason == "" {
+		switch step, ok := t.Deciding(); {
+		case ok:
+			t.Reason = step.why()
+		case !set.Has(p.Family()):
+			t.Reason = fmt.Sprintf("there are no %s rules", p.Family())
+		case p.State == Established:
+			t.Reason = "nat sees the first packet of a connection only"
+		default:
+			t.Reason = "no rule is about it"
+		}
+	}
+	return t
+}
+
+// Decide is the verdict of Walk, without the way.
+func Decide(set rules.Set, env Env, p Packet) Verdict {
+	w := walker{set: &set, env: env, p: p}
+	return w.walk()
+}
+
+type walker struct {
+	set    *rules.Set
+	env    Env
+	p      Packet
+	family rules.Family
+	hook   rules.Hook
+	local  bool // whether the packet is for this host
+	owned  bool // whether the packet has its socket
+	// zoned is whether the packet has its conntrack entry or template, after
+	// which CT does nothing (xt_ct_target in net/netfilter/xt_CT.c).
+	zoned      bool
+	zone       uint16
+	redirected bool
+	port       uint16
+	anywhere   bool // whether REDIRECT chose a destination that the walk does not know
+	trace      *Trace
+}
+
+// end is how a chain was left.
+type end uint8
+
+const (
+	passed end = iota // at its end, or by RETURN
+	accepted
+	dropped
+	refused
+	unknown
+)
+
+func (w *walker) walk() Verdict {
+	w.family = w.p.Family()
+	w.p.Source = netip.AddrPortFrom(plain(w.p.Source.Addr()), w.p.Source.Port())
+	w.p.Destination = netip.AddrPortFrom(plain(w.p.Destination.Addr()), w.p.Destination.Port())
+	end := accepted
+	if w.set.Has(w.family) {
+		end = w.path()
+	}
+	v := Verdict{Untouched, 0, w.zone}
+	switch {
+	case end == unknown:
+		v.Kind = Unknown
+	case end == dropped:
+		v.Kind = Dropped
+	case end == refused, w.redirected && w.port == 0:
+		v.Kind = Refused
+	case w.redirected:
+		v.Kind, v.Port = Redirected, w.port
+	}
+	return v
+}
+
+// path calls the base chains in the order of the hooks and, at a hook, of their
+// priorities: raw -300, conntrack -200, mangle -150, nat -100, filter 0 (enum
+// nf_ip_hook_priorities in linux/netfilter_ipv4.h).
+func (w *walker) path() end {
+	w.local = w.p.Path == In || w.p.Path == Out && w.env.IsLocal(w.p.Destination.Addr())
+	if w.p.Path != Out {
+		if e := w.at(rules.Prerouting, rules.Raw, rules.Mangle, rules.NAT); e > accepted {
+			return e
+		}
+		if w.local {
+			return w.at(rules.Input, rules.Mangle, rules.Filter)
+		}
+		if e := w.at(rules.Forward, rules.Mangle, rules.Filter); e > accepted {
+			return e
+		}
+		return w.at(rules.Postrouting, rules.Mangle)
+	}
+
+	if w.p.OutInterface == "" && w.local {
+		w.p.OutInterface = "lo"
+	}
+	w.owned = true
+	// The filter sees the interface from before a redirection: nf_hook_state
+	// keeps it when nf_nat_ipv4_local_fn routes the packet again.
+	if e := w.at(rules.Output, rules.Raw, rules.Mangle, rules.NAT, rules.Filter); e > accepted {
+		return e
+	}
+	if w.redirected {
+		w.p.OutInterface = "lo"
+	}
+	if e := w.at(rules.Postrouting, rules.Mangle); e > accepted {
+		return e
+	}
+	if w.p.OutInterface != "lo" {
+		return accepted
+	}
+	// Through lo the packet comes in again, without its socket (skb_orphan in
+	// drivers/net/loopback.c) and with its conntrack entry, whose destination was
+	// settled in OUTPUT: nat does not see it again (nf_nat_initialized in
+	// nf_nat_inet_fn, net/netfilter/nf_nat_core.c).
+	w.owned, w.zoned, w.local = false, true, true
+	w.p.InInterface, w.p.OutInterface = "lo", ""
+	if e := w.at(rules.Prerouting, rules.Raw, rules.Mangle); e > accepted {
+		return e
+	}
+	return w.at(rules.Input, rules.Mangle, rules.Filter)
+}
+
+// at calls the base chains of the tables at a hook.
+func (w *walker) at(h rules.Hook, tables ...rules.Table) end {
+	w.hook = h
+	for _, t := range tables {
+		if t == rules.NAT && w.p.State == Established {
+			continue
+		}
+		if t == rules.Mangle || t == rules.NAT {
+			w.zoned = true // conntrack stands between raw and mangle
+		}
+		for i := range w.set.Bases {
+			c := &w.set.Bases[i]
+			if c.Table != t || c.Hook != h {
+				continue
+			}
+			e := w.chain(t, string(h), c.Rules, 0)
+			if e == passed && c.Policy == "DROP" {
+				w.because("the policy of %s %s is DROP", t, h)
+				e = dropped
+			}
+			if e > accepted {
+				return e
+			}
+		}
+	}
+	return accepted
+}
+
+// because sets the reason of a verdict that no rule has a reason for.
+func (w *walker) because(format string, args ...any) {
+	if w.trace != nil {
+		w.trace.Reason = fmt.Sprintf(format, args...)
+	}
+}
+
+func (w *walker) step(t rules.Table, chain string, i int, r *rules.Rule, matched bool, because string) {
+	w.trace.Steps = append(w.trace.Steps, Step{t, chain, i + 1, *r, matched, because})
+}
+
+// chain calls a chain. depth is how many jumps and gotos led to it: more of
+// them than there are chains is a loop.
+func (w *walker) chain(t rules.Table, name string, list []rules.Rule, depth int) end {
+	for i := range list {
+		r := &list[i]
+		holds, culprit := w.meets(r)
+		switch holds {
+		case no:
+			if w.trace != nil {
+				w.step(t, name, i, r, false, w.not(culprit))
+			}
+			continue
+		case maybe:
+			if harmless(r.Action) {
+				continue
+			}
+			if w.trace != nil {
+				what := w.cannot(culprit)
+				w.step(t, name, i, r, false, what)
+				w.because("cannot tell: rule %d of %s %s %s", i+1, t, name, what)
+			}
+			return unknown
+		}
+		if w.trace != nil {
+			w.step(t, name, i, r, true, "")
+		}
+		switch a := r.Action.(type) {
+		case rules.Return:
+			return passed
+		case rules.Accept:
+			return accepted
+		case rules.Drop:
+			return dropped
+		case rules.Reject:
+			return refused
+		case rules.Jump:
+			if e := w.call(t, a.Chain, depth); e != passed {
+				return e
+			}
+		case rules.Goto:
+			return w.call(t, a.Chain, depth)
+		case rules.Redirect:
+			w.redirect(a.Port)
+			return accepted
+		case rules.CTZone:
+			if !w.zoned {
+				w.zone, w.zoned = a.Zone, true
+			}
+		case rules.Nothing:
+		default:
+			if !harmless(r.Action) {
+				o, _ := r.Action.(rules.Opaque)
+				w.because("cannot tell: rule %d of %s %s uses %s", i+1, t, name, o.Text())
+				return unknown
+			}
+		}
+	}
+	return passed
+}
+
+func (w *walker) call(t rules.Table, name string, depth int) end {
+	for i := range w.set.Chains {
+		c := &w.set.Chains[i]
+		if c.Name != name || c.Table != t {
+			continue
+		}
+		if depth >= len(w.set.Chains) {
+			w.because("cannot tell: the chains of %s jump in a circle, through %s", t, name)
+			return unknown
+		}
+		return w.chain(t, name, c.Rules, depth+1)
+	}
+	w.because("cannot tell: there is no chain %s in %s", name, t)
+	return unknown
+}
+
+// redirect changes the destination: in OUTPUT to the loopback address, in
+// PREROUTING to the first address of the interface (nf_nat_redirect.c).
+func (w *walker) redirect(port uint16) {
+	w.redirected, w.local, w.port = true, true, port
+	to := w.p.Destination.Addr()
+	switch {
+	case w.hook == rules.Prerouting:
+		w.anywhere = true
+	case w.family == rules.IPv4:
+		to = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	default:
+		to = netip.IPv6Loopback()
+	}
+	w.p.Destination = netip.AddrPortFrom(to, port)
+}
+
+// harmless reports whether the action changes nothing of a packet's way.
+func harmless(a rules.Action) bool {
+	switch a := a.(type) {
+	case rules.Nothing:
+		return true
+	case rules.Opaque:
+		return strings.HasPrefix(a.Text(), "-j LOG") || strings.HasPrefix(a.Text(), "-j NFLOG")
+	}
+	return false
+}
+
+// truth has three values: a match may be opaque.
+type truth uint8
+
+const (
+	no truth = iota
+	maybe
+	yes
+)
+
+func is(b bool) truth {
+	if b {
+		return yes
+	}
+	return no
+}
+
+// meets says whether all matches of the rule hold, and otherwise which does
+// not. A match that does not hold settles it, whatever the others are.
+func (w *walker) meets(r *rules.Rule) (truth, rules.Match) {
+	var doubt rules.Match
+	for _, m := range r.Matches {
+		switch w.holds(m) {
+		case no:
+			return no, m
+		case maybe:
+			if doubt == nil {
+				doubt = m
+			}
+		}
+	}
+	if doubt != nil {
+		return maybe, doubt
+	}
+	return yes, nil
+}
+
+func (w *walker) holds(m rules.Match) truth {
+	switch m := m.(type) {
+	case rules.Protocol:
+		return is(m == w.p.Protocol)
+	case rules.SYN:
+		return is(w.p.State == New)
+	case rules.Source:
+		return w.in(m.Prefixes, m.Not, w.p.Source.Addr())
+	case rules.Destination:
+		if w.anywhere {
+			return maybe
+		}
+		return w.in(m.Prefixes, m.Not, w.p.Destination.Addr())
+	case rules.InInterface:
+		return through(m.Name, m.Not, w.p.InInterface, w.hook == rules.Output || w.hook == rules.Postrouting)
+	case rules.OutInterface:
+		return through(m.Name, m.Not, w.p.OutInterface, w.hook == rules.Prerouting || w.hook == rules.Input)
+	case rules.SourcePorts:
+		return is(m.Ports.Contains(w.p.Source.Port()))
+	case rules.DestinationPorts:
+		return is(m.Ports.Contains(w.p.Destination.Port()) != m.Not)
+	case rules.DestinationLocal:
+		return is(w.local != m.Not)
+	case rules.OwnerUID:
+		// A packet without a socket has no owner, so only Not holds
+		// (owner_mt in net/netfilter/xt_owner.c).
+		return is((w.owned && m.UIDs.Contains(w.p.UID)) != m.Not)
+	case rules.OwnerGID:
+		return is((w.owned && m.GIDs.Contains(w.p.GID)) != m.Not)
+	case rules.CTState:
+		return is(w.state(m.States) != m.Not)
+	}
+	return maybe
+}
+
+// in says whether the address is in a prefix. Without a prefix of the family
+// the rule does not exist there, or, with not, the match says nothing.
+func (w *walker) in(ps []netip.Prefix, not bool, a netip.Addr) truth {
+	for _, p := range ps {
+		if p.Contains(a) {
+			return is(!not)
+		}
+	}
+	return is(not)
+}
+
+// through compares interfaces; none is whether the hook knows no such
+// interface, where the kernel compares with the empty name.
+func through(name string, not bool, have string, none bool) truth {
+	if have == "" && !none {
+		if name == "+" {
+			return is(!not)
+		}
+		if name != "lo" { // from and to other hosts nothing goes through lo
+			return maybe
+		}
+	}
+	prefix, wild := strings.CutSuffix(name, "+")
+	return is((have == name || wild && strings.HasPrefix(have, prefix)) != not)
+}
+
+func (w *walker) state(states string) bool {
+	for s := range strings.SplitSeq(states, ",") {
+		switch s {
+		case "NEW":
+			if w.p.State != Established {
+				return true
+			}
+		case "ESTABLISHED":
+			if w.p.State == Established {
+				return true
+			}
+		case "DNAT":
+			if w.redirected {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// not says why a match does not hold.
+func (w *walker) not(m rules.Match) string {
+	is := func(not bool) string {
+		if not {
+			return "is"
+		}
+		return "is not"
+	}
+	switch m := m.(type) {
+	case rules.Protocol:
+		return fmt.Sprintf("it is %s, not %s", protocolName(w.p.Protocol), protocolName(m))
+	case rules.SYN:
+		return "it does not open a connection"
+	case rules.Source:
+		return w.notIn("source", m.Prefixes, m.Not, w.p.Source.Addr())
+	case rules.Destination:
+		return w.notIn("destination", m.Prefixes, m.Not, w.p.Destination.Addr())
+	case rules.InInterface:
+		return fmt.Sprintf("the interface it comes in through %s %s", is(m.Not), m.Name)
+	case rules.OutInterface:
+		return fmt.Sprintf("the interface it leaves through %s %s", is(m.Not), m.Name)
+	case rules.SourcePorts:
+		return fmt.Sprintf("source port %d is not one of the rule's", w.p.Source.Port())
+	case rules.DestinationPorts:
+		return fmt.Sprintf("port %d %s one of the rule's", w.p.Destination.Port(), is(m.Not))
+	case rules.DestinationLocal:
+		return fmt.Sprintf("%s %s an address of this host", w.p.Destination.Addr(), is(m.Not))
+	case rules.OwnerUID:
+		return w.notOwner("UID", m.UIDs, m.Not, w.p.UID)
+	case rules.OwnerGID:
+		return w.notOwner("GID", m.GIDs, m.Not, w.p.GID)
+	case rules.CTState:
+		return fmt.Sprintf("its connection %s %s", is(m.Not), m.States)
+	}
+	return "it does not hold"
+}
+
+func (w *walker) notIn(what string, ps []netip.Prefix, not bool, a netip.Addr) string {
+	if not {
+		return fmt.Sprintf("%s %s is excepted", what, a)
+	}
+	if !slices.ContainsFunc(ps, func(p netip.Prefix) bool { return p.Addr().Is4() == (w.family == rules.IPv4) }) {
+		return fmt.Sprintf("the rule has no %s address", w.family)
+	}
+	if len(ps) == 1 {
+		return fmt.Sprintf("%s %s is not in %s", what, a, ps[0])
+	}
+	return fmt.Sprintf("%s %s is in none of %d prefixes", what, a, len(ps))
+}
+
+func (w *walker) notOwner(what string, ids rules.UIDs, not bool, id uint32) string {
+	switch {
+	case !w.owned:
+		return "no process of this host sent it"
+	case not:
+		return fmt.Sprintf("%s %d is excepted", what, id)
+	}
+	return fmt.Sprintf("%s %d is not %s", what, id, ids)
+}
+
+// cannot says why it cannot be told whether a match holds.
+func (w *walker) cannot(m rules.Match) string {
+	switch m := m.(type) {
+	case rules.InInterface:
+		return fmt.Sprintf("names interface %s, and through which one the packet came is not known", m.Name)
+	case rules.OutInterface:
+		return fmt.Sprintf("names interface %s, and through which one the packet leaves is not known", m.Name)
+	case rules.Destination:
+		return "names a destination, and REDIRECT made it the first address of an interface that is not known"
+	case rules.Opaque:
+		return "uses " + m.Text()
+	}
+	return fmt.Sprintf("uses %T", m)
+}
