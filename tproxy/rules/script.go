@@ -79,6 +79,9 @@ func Transition(f Family, ours, want Set) []byte {
 	for _, t := range order {
 		b = appendTransition(b, t, ours, want)
 	}
+	if len(b) == 0 {
+		return nil
+	}
 	return b
 }
 

@@ -120,6 +120,9 @@ func (t Trace) Deciding() (step Step, ok bool) {
 				}
 			}
 		case Untouched:
+			if _, zone := s.Rule.Action.(rules.CTZone); zone && s.Matched && !ok {
+				return s, true // nat has no rule about it, but it is in another zone
+			}
 			if !s.Matched || s.Table != rules.NAT || s.Rule.Target() != "" {
 				continue
 			}

@@ -1,0 +1,109 @@
+// Package cli holds the commands by which a host gets transparent proxying and
+// loses it again: leaves named transparent-proxy, which a cobra program mounts
+// under its own install and uninstall. The program kumactl of this module is
+// [Root] and nothing else.
+//
+// The commands return their errors and never exit; [ExitCode] turns an error
+// into the code to exit with. They write to the command's OutOrStdout and
+// ErrOrStderr, stop between two steps when the command's context is done, and
+// hold no state outside themselves.
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec"
+)
+
+// Runner observes and changes the machine; *exec.Runner is one.
+type Runner interface {
+	// Probe observes what n asks for and writes nothing.
+	Probe(ctx context.Context, n tproxy.Needs) (tproxy.Host, error)
+	// Apply carries out a plan, whole or not at all.
+	Apply(ctx context.Context, p *tproxy.Plan) (*exec.Report, error)
+	// Remove takes out whatever an install left, whoever made it.
+	Remove(ctx context.Context, o exec.RemoveOptions) (*exec.Report, error)
+}
+
+// Options say how the commands work. The zero Options are those of kumactl.
+type Options struct {
+	// Runner makes the Runner of one run, which logs to log. Nil means an
+	// *exec.Runner: this machine.
+	Runner func(log *slog.Logger) Runner
+	// Version is what Root prints for --version; empty means "unknown". The
+	// leaves do without.
+	Version string
+}
+
+// runner makes the Runner of a run of cmd, with a log on the command's standard
+// error: warnings, and with verbose everything.
+func (o Options) runner(cmd *cobra.Command, verbose bool) Runner {
+	level := slog.LevelWarn
+	if verbose {
+		level = slog.LevelDebug
+	}
+	log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: level}))
+	if o.Runner != nil {
+		return o.Runner(log)
+	}
+	return &exec.Runner{Log: log}
+}
+
+// ExitCode is what a program exits with after err: 0 for nil, 2 for bad flags
+// and bad configuration, 1 for everything else, which left the host as it was.
+func ExitCode(err error) int {
+	switch {
+	case err == nil:
+		return 0
+	case isUsage(err):
+		return 2
+	}
+	return 1
+}
+
+func isUsage(err error) bool {
+	if _, ok := errors.AsType[*usageError](err); ok {
+		return true
+	}
+	_, ok := errors.AsType[*tproxy.ConfigError](err)
+	return ok
+}
+
+// usageError is everything that is wrong with a command line, a line each.
+type usageError struct{ faults []string }
+
+func (e *usageError) Error() string {
+	if len(e.faults) == 1 {
+		return e.faults[0]
+	}
+	return fmt.Sprintf("%d faults:\n  %s", len(e.faults), strings.Join(e.faults, "\n  "))
+}
+
+// explain adds to an error of the Runner what a user of cmd can do about it.
+func explain(cmd *cobra.Command, err error) error {
+	_, step := errors.AsType[*exec.ApplyError](err) // says itself what to do
+	switch {
+	case errors.Is(err, exec.ErrNotRoot):
+		return fmt.Errorf("%w\n  run it as root: sudo %s", err, cmd.CommandPath())
+	case errors.Is(err, exec.ErrUnsupported) && !step:
+		return fmt.Errorf("%w: transparent proxying needs Linux; --dry-run works here too", err)
+	}
+	return err
+}
+
+// write writes what a command has to say at once, so that a reader sees all or
+// nothing of it.
+func write(w io.Writer, text []byte) error {
+	if _, err := w.Write(text); err != nil {
+		return fmt.Errorf("write the output: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,317 @@
+package cli_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spf13/cobra"
+
+	"github.com/kumahq/kuma-tproxy/cli"
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// TestMain lets the scripts run the test binary as two programs: kumactl, on
+// this machine, and fakectl, on one that the script's environment makes up.
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"kumactl": func() { os.Exit(cli.ExitCode(cli.Root(cli.Options{Version: "v0-test"}).Execute())) },
+		"fakectl": func() { os.Exit(cli.ExitCode(cli.Root(cli.Options{Runner: newFake}).Execute())) },
+	})
+}
+
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 filepath.Join("testdata", "script"),
+		RequireExplicitExec: true,
+		UpdateScripts:       os.Getenv("UPDATE") != "",
+		Setup:               func(e *testscript.Env) error { e.Setenv("NL", "\n"); return nil },
+		Cmds:                map[string]func(*testscript.TestScript, bool, []string){"code": exitCode, "scripts": scripts},
+	})
+}
+
+// exitCode is the script command "code N prog args...": the program exits with N.
+func exitCode(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: code N prog args...")
+	}
+	want := args[0]
+	err := ts.Exec(args[1], args[2:]...)
+	got := "0"
+	if err != nil {
+		got = strings.TrimPrefix(err.Error(), "exit status ")
+	}
+	if got != want {
+		ts.Fatalf("exit code %s, want %s", got, want)
+	}
+}
+
+// scripts is the script command "scripts": it cuts the last standard output into
+// the files head, IPv4 and IPv6, as an operator's awk would.
+func scripts(ts *testscript.TestScript, neg bool, args []string) {
+	parts := map[string]string{"head": "", "IPv4": "", "IPv6": ""}
+	name := "head"
+	for line := range strings.Lines(ts.ReadFile("stdout")) {
+		if strings.HasPrefix(line, "###") {
+			name = strings.Trim(line, "# \n")
+			continue
+		}
+		parts[name] += line
+	}
+	for name, text := range parts {
+		ts.Check(os.WriteFile(ts.MkAbs(name), []byte(text), 0o600))
+	}
+}
+
+// fake is a machine made of environment variables: PROBE, APPLY and REMOVE are
+// the errors that these calls return, USERS the users, and so on.
+type fake struct{ log *slog.Logger }
+
+func newFake(log *slog.Logger) cli.Runner { return fake{log} }
+
+func named(name string) error {
+	switch name {
+	case "":
+		return nil
+	case "unsupported":
+		return exec.ErrUnsupported
+	case "notroot":
+		return exec.ErrNotRoot
+	case "permission":
+		return &fs.PathError{Op: "open", Path: "/proc/1", Err: fs.ErrPermission}
+	case "locked":
+		return fmt.Errorf("%w: process 77 (iptables) holds /run/xtables.lock", exec.ErrLocked)
+	case "module":
+		return &exec.ApplyError{Step: "IPv6 rules by ip6tables-nft-restore", Family: rules.IPv6, Line: 3, Rule: "-A OUTPUT -j X",
+			Undone: []string{"the former IPv4 rules by iptables-nft-restore"}, Err: exec.ErrNoModule}
+	}
+	return errors.New(name)
+}
+
+func (f fake) Probe(_ context.Context, n tproxy.Needs) (tproxy.Host, error) {
+	f.log.Debug("probe", "needs", fmt.Sprintf("%+v", n))
+	if err := named(os.Getenv("PROBE")); err != nil {
+		return tproxy.Host{}, err
+	}
+	h := tproxy.Host{IPv6Off: os.Getenv("IPV6OFF"), Pod: os.Getenv("POD"), PassthroughAddress: os.Getenv("ADDRESS") != ""}
+	for name := range strings.FieldsSeq(os.Getenv("USERS")) {
+		h.Users = append(h.Users, tproxy.User{Name: name, UID: tproxy.DefaultProxyUID})
+	}
+	for a := range strings.FieldsSeq(os.Getenv("NAMESERVERS")) {
+		h.Nameservers = append(h.Nameservers, netip.MustParseAddr(a))
+	}
+	if why := os.Getenv("UNKNOWN"); why != "" {
+		there := tproxy.Programs{Save: "/usr/sbin/x-save", Restore: "/usr/sbin/x-restore"}
+		h.Variants = []tproxy.Variant{{Backend: tproxy.IPTablesNFT, IPv4: there, IPv6: there, Unknown: why}}
+	}
+	if os.Getenv("SHELL_PORT") != "" {
+		h.RemoteShells = []tproxy.RemoteShell{{Port: 2222, Why: "sshd, process 4711, listens on it"}}
+	}
+	return h, nil
+}
+
+func (f fake) Apply(_ context.Context, p *tproxy.Plan) (*exec.Report, error) {
+	f.log.Debug("apply", "wait", p.Config.Wait, "interval", p.Config.WaitInterval)
+	if err := named(os.Getenv("APPLY")); err != nil {
+		return nil, err
+	}
+	r := &exec.Report{Changed: os.Getenv("SAME") == "", Backend: p.Backend, Why: p.BackendWhy}
+	for _, family := range p.Families {
+		fr := exec.FamilyReport{Family: family, Backend: p.Backend}
+		if r.Changed {
+			fr.Changes = rules.Compare(family, rules.Set{}, p.Rules)
+			r.Steps = append(r.Steps, tproxy.ReplaceRules{Family: family, Backend: p.Backend}.String())
+		}
+		r.Families = append(r.Families, fr)
+	}
+	r.Notes = []string{"nothing listens on port 15006 yet"}
+	return r, nil
+}
+
+func (f fake) Remove(_ context.Context, o exec.RemoveOptions) (*exec.Report, error) {
+	f.log.Debug("remove", "options", fmt.Sprintf("%+v", o))
+	if err := named(os.Getenv("REMOVE")); err != nil {
+		return nil, err
+	}
+	if os.Getenv("SAME") != "" {
+		return &exec.Report{}, nil
+	}
+	plan, err := tproxy.Build(tproxy.Config{}, tproxy.Host{})
+	if err != nil {
+		return nil, err
+	}
+	r := &exec.Report{Changed: !o.DryRun, Steps: []string{"no IPv4 rules of ours in iptables-nft", "ip address del ::6/128 dev lo"}}
+	r.Families = []exec.FamilyReport{{
+		Family: rules.IPv4, Backend: tproxy.IPTablesNFT,
+		Changes: rules.Compare(rules.IPv4, plan.Rules, rules.Set{}),
+		Script:  rules.Transition(rules.IPv4, plan.Rules, rules.Set{}),
+	}}
+	return r, nil
+}
+
+// foreign is a program that is not ours, with kumactl's persistent flags, and
+// our commands in it.
+func foreign(o cli.Options) (root *cobra.Command, out *bytes.Buffer) {
+	root = &cobra.Command{Use: "meshctl"}
+	root.PersistentFlags().String("config-file", "", "path to the configuration file")
+	root.PersistentFlags().Duration("api-timeout", 0, "the timeout for api calls")
+	root.PersistentFlags().String("log-level", "off", "log level")
+	root.PersistentFlags().Bool("no-config", false, "if set no config file will be created")
+	install := &cobra.Command{Use: "install"}
+	install.AddCommand(cli.InstallTransparentProxy(o))
+	uninstall := &cobra.Command{Use: "uninstall"}
+	uninstall.AddCommand(cli.UninstallTransparentProxy(o))
+	root.AddCommand(install, uninstall)
+	out = new(bytes.Buffer)
+	root.SetOut(out)
+	root.SetErr(out)
+	return root, out
+}
+
+// recorder is a Runner on which everything works, that keeps the plan.
+type recorder struct {
+	plan   *tproxy.Plan
+	remove *exec.RemoveOptions
+	ctx    context.Context
+}
+
+func (r *recorder) Probe(context.Context, tproxy.Needs) (tproxy.Host, error) {
+	return tproxy.Host{}, nil
+}
+
+func (r *recorder) Apply(ctx context.Context, p *tproxy.Plan) (*exec.Report, error) {
+	r.plan, r.ctx = p, ctx
+	return &exec.Report{Changed: true, Backend: p.Backend}, nil
+}
+
+func (r *recorder) Remove(ctx context.Context, o exec.RemoveOptions) (*exec.Report, error) {
+	r.remove, r.ctx = &o, ctx
+	return &exec.Report{Changed: true}, nil
+}
+
+func (r *recorder) options() cli.Options {
+	return cli.Options{Runner: func(*slog.Logger) cli.Runner { return r }}
+}
+
+func TestForeignRootMounts(t *testing.T) {
+	type key struct{}
+	ctx := context.WithValue(t.Context(), key{}, "of the foreign root")
+	for _, verb := range []string{"install", "uninstall"} {
+		rec := new(recorder)
+		root, out := foreign(rec.options())
+		root.SetArgs([]string{"--log-level", "info", "--no-config", verb, "transparent-proxy", "--wait", "7", "--config-file", "x"})
+		if err := root.ExecuteContext(ctx); err != nil {
+			t.Fatalf("%s: %v", verb, err)
+		}
+		last := map[string]string{
+			"install":   "transparent proxy setup completed successfully\n",
+			"uninstall": "transparent proxy cleanup completed successfully\n",
+		}[verb]
+		if !strings.HasSuffix(out.String(), "\n"+last) && out.String() != last {
+			t.Errorf("%s: the last line is not %q in\n%s", verb, last, out)
+		}
+		if rec.ctx == nil || rec.ctx.Value(key{}) == nil {
+			t.Errorf("%s: the Runner did not get the command's context", verb)
+		}
+	}
+}
+
+func TestHelpHidesForeignFlags(t *testing.T) {
+	for _, args := range [][]string{
+		{"install", "transparent-proxy", "--help"},
+		{"uninstall", "transparent-proxy", "-h"},
+		{"help", "install", "transparent-proxy"},
+	} {
+		root, out := foreign(cli.Options{})
+		root.SetArgs(args)
+		if err := root.Execute(); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"config-file", "api-timeout", "log-level", "no-config", "Global Flags"} {
+			if strings.Contains(out.String(), name) {
+				t.Errorf("%v: the help shows %s", args, name)
+			}
+		}
+		if want := "meshctl " + strings.TrimPrefix(strings.Join(args[:2], " "), "help "); !strings.Contains(out.String(), want) {
+			t.Errorf("%v: the help does not show how it is mounted, %q:\n%s", args, want, out)
+		}
+	}
+}
+
+func TestErrorsArePrintedOnceUnderAForeignRoot(t *testing.T) {
+	root, out := foreign(new(recorder).options())
+	root.SetArgs([]string{"install", "transparent-proxy", "--exclude-inbound-ports", "0"})
+	err := root.Execute()
+	if cli.ExitCode(err) != 2 {
+		t.Errorf("exit code %d for %v", cli.ExitCode(err), err)
+	}
+	if n := strings.Count(out.String(), "--exclude-inbound-ports"); n != 1 {
+		t.Errorf("the fault is printed %d times:\n%s", n, out)
+	}
+}
+
+// Each call makes a command of its own: no run leaves a flag behind.
+func TestCommandsHoldNoState(t *testing.T) {
+	for _, args := range [][]string{{"--exclude-inbound-ports", "80"}, nil} {
+		rec := new(recorder)
+		cmd := cli.InstallTransparentProxy(rec.options())
+		cmd.SetOut(new(bytes.Buffer))
+		cmd.SetArgs(args)
+		if args == nil {
+			cmd.SetArgs([]string{})
+		}
+		if err := cmd.Execute(); err != nil {
+			t.Fatal(err)
+		}
+		if got := !rec.plan.Config.Inbound.ExcludePorts.IsEmpty(); got != (args != nil) {
+			t.Errorf("%v: ports excluded: %v", args, rec.plan.Config.Inbound.ExcludePorts)
+		}
+	}
+}
+
+func TestExitCode(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		want int
+	}{
+		{nil, 0},
+		{errors.New("x"), 1},
+		{&tproxy.RefusedError{}, 1},
+		{exec.ErrNotRoot, 1},
+		{context.Canceled, 1},
+		{&tproxy.ConfigError{}, 2},
+		{fmt.Errorf("wrapped: %w", &tproxy.ConfigError{}), 2},
+	} {
+		if got := cli.ExitCode(c.err); got != c.want {
+			t.Errorf("ExitCode(%v) = %d, want %d", c.err, got, c.want)
+		}
+	}
+}
+
+// failing is an output that is gone.
+type failing struct{}
+
+func (failing) Write([]byte) (int, error) { return 0, errors.New("broken pipe") }
+
+func TestLostOutputIsAnError(t *testing.T) {
+	for _, args := range [][]string{{}, {"--dry-run"}, {"--output", "json"}} {
+		cmd := cli.InstallTransparentProxy(new(recorder).options())
+		cmd.SetOut(failing{})
+		cmd.SetErr(new(bytes.Buffer))
+		cmd.SetArgs(args)
+		if err := cmd.Execute(); err == nil || !strings.Contains(err.Error(), "broken pipe") {
+			t.Errorf("%v: error %v", args, err)
+		}
+	}
+}

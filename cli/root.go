@@ -1,0 +1,48 @@
+package cli
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+)
+
+// Root returns kumactl, the program of this module: install and uninstall with
+// the commands of this package under them, and --version. Another program mounts
+// the commands and does without.
+func Root(o Options) *cobra.Command {
+	if o.Version == "" {
+		o.Version = "unknown"
+	}
+	root := group("kumactl", "Transparent proxying for Kuma on this host")
+	root.Version = o.Version
+	root.CompletionOptions.DisableDefaultCmd = true
+	install := group("install", "Install on this host")
+	install.AddCommand(InstallTransparentProxy(o))
+	uninstall := group("uninstall", "Take out what install put on this host")
+	uninstall.AddCommand(UninstallTransparentProxy(o))
+	root.AddCommand(install, uninstall)
+	return root
+}
+
+// group returns a command that does nothing but hold others: alone it prints its
+// help, and anything that is none of its commands is a fault.
+func group(use, short string) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:          use,
+		Short:        short,
+		Args:         cobra.ArbitraryArgs,
+		SilenceUsage: true,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return cmd.Help()
+			}
+			line := fmt.Sprintf("unknown command %q for %q", args[0], cmd.CommandPath())
+			for _, s := range cmd.SuggestionsFor(args[0]) {
+				line += fmt.Sprintf(": did you mean %s", s)
+			}
+			return &usageError{[]string{line}}
+		},
+	}
+	usageErrors(cmd)
+	return cmd
+}

@@ -1,0 +1,83 @@
+package tproxy_test
+
+import (
+	"encoding/json"
+	"flag"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+	. "github.com/kumahq/kuma-tproxy/tproxy/tproxytest"
+)
+
+var _ = flag.Bool("update", false, "write the golden files")
+
+// TestGolden builds the config of each scenario for its host, and compares the
+// scripts, the steps and the walks, or the error.
+func TestGolden(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.txtar")
+	if err != nil || len(files) < 15 {
+		t.Fatalf("%d scenarios, %v", len(files), err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
+			a := ReadArchive(t, file)
+			if strings.TrimSpace(a.Comment) == "" {
+				t.Error("the scenario does not say what it is")
+			}
+			var cfg tproxy.Config
+			text, _ := a.Section("config")
+			err := json.Unmarshal([]byte(text), &cfg)
+			var plan *tproxy.Plan
+			if err == nil {
+				plan, err = tproxy.Build(cfg, host(t, a))
+			}
+			if err != nil {
+				Golden(t, file, Section{"error", err.Error()}, Section{Name: "v4"}, Section{Name: "v6"}, Section{Name: "steps"}, Section{Name: "walks"})
+				return
+			}
+			walks, ok := a.Section("walks")
+			if !ok {
+				t.Error("the scenario has no walks")
+			}
+			Golden(t, file,
+				Section{Name: "error"},
+				Section{"v4", string(plan.Rules.IPTables(rules.IPv4))},
+				Section{"v6", string(plan.Rules.IPTables(rules.IPv6))},
+				Section{"steps", steps(plan)},
+				Section{"walks", Walks(t, plan, Env(), walks)})
+		})
+	}
+}
+
+// host reads a scenario's section host, where a backend stands by its name.
+func host(t *testing.T, a Archive) (h tproxy.Host) {
+	text, ok := a.Section("host")
+	if !ok {
+		return h
+	}
+	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+		text = strings.ReplaceAll(text, fmt.Sprintf(`"Backend": %q`, b), fmt.Sprintf(`"Backend": %d`, b))
+	}
+	d := json.NewDecoder(strings.NewReader(text))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&h); err != nil {
+		t.Fatalf("section host: %v", err)
+	}
+	return h
+}
+
+func steps(p *tproxy.Plan) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "backend %s: %s\n", p.Backend, p.BackendWhy)
+	for _, s := range p.Steps {
+		fmt.Fprintf(&b, "%s; undo: %s\n", s, s.Undo())
+	}
+	for _, n := range p.Notes {
+		fmt.Fprintf(&b, "note: %s\n", n)
+	}
+	return b.String()
+}

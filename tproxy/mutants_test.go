@@ -1,0 +1,170 @@
+package tproxy_test
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+	. "github.com/kumahq/kuma-tproxy/tproxy/tproxytest"
+)
+
+// full uses every feature, so that its plan has every rule.
+var full = tproxy.Config{
+	Inbound: tproxy.Inbound{
+		ExcludePorts: rules.MustPorts("2222,9000-9010"),
+		ExcludeIPs:   []netip.Prefix{netip.MustParsePrefix("10.0.0.8/31"), netip.MustParsePrefix("fd00::9/128")},
+	},
+	Outbound: tproxy.Outbound{
+		ExcludePorts:        rules.MustPorts("3306,5432"),
+		ExcludePortsForUIDs: []tproxy.UIDExclusion{{Ports: rules.MustPorts("53,443"), UIDs: rules.MustUIDs("1001")}},
+		ExcludeIPs:          []netip.Prefix{netip.MustParsePrefix("93.184.216.0/24"), netip.MustParsePrefix("2606:2800::/32")},
+	},
+	DNS: tproxy.DNS{CaptureAll: true},
+}
+
+var fullHost = tproxy.Host{
+	Nameservers:    []netip.Addr{netip.MustParseAddr("127.0.0.53")},
+	LocalResolvers: []tproxy.LocalResolver{{Address: netip.MustParseAddr("127.0.0.53"), UID: 101, PID: 7, Program: "systemd-resolved"}},
+}
+
+// mutants says which theorem guards which rule: without the rule, it must have
+// a counterexample. A mutant changes the rules that have the reason.
+var mutants = []struct {
+	why     string
+	theorem int
+	change  func(*rules.Rule) // nil takes the rule out
+}{
+	{"kuma/mesh/transparent/proxy/a new TCP connection to an address of this host", 4, nil},
+	{"kuma/mesh/transparent/proxy/a new TCP connection to an address of this host", 4, without[rules.DestinationLocal]},
+	{"kuma/mesh/transparent/proxy/a new TCP connection to an address of this host", 4, without[rules.SYN]},
+	{"kuma/mesh/transparent/proxy/a new TCP connection of a process of this host", 4, nil},
+	{"kuma/mesh/transparent/proxy/a new TCP connection of a process of this host", 4, without[rules.SYN]},
+	{"kuma/mesh/transparent/proxy/a DNS query of a process of this host", 4, nil},
+	{"kuma/mesh/transparent/proxy/redirected DNS queries have a conntrack zone of their own", 4, nil},
+	{"SSH is protected unless --capture-ssh is given", 2, nil},
+	{"source excluded by --exclude-inbound-ips", 4, nil},
+	{"port excluded by --exclude-inbound-ports", 1, nil},
+	{"inbound goes to the proxy's port 15006", 4, nil},
+	{"to this host itself", 4, nil},
+	{"to this host itself", 3, nil},
+	{"the proxy's own connections", 3, nil},
+	{"the proxy's own connections", 4, without[rules.OwnerUID]},
+	{"destination excluded by --exclude-outbound-ips", 4, nil},
+	{"user excluded by --exclude-outbound-ports-for-uids", 4, nil},
+	{"port excluded by --exclude-outbound-ports", 1, nil},
+	{"DNS over TCP is not captured", 4, nil},
+	{"outbound goes to the proxy's port 15001", 4, nil},
+	{"the proxy must not connect to itself: refused", 3, nil},
+	{"the proxy must not connect to itself: refused", 4, without[rules.OwnerUID]},
+	{"the proxy hands an inbound connection on", 3, nil},
+	{"the proxy calls its own host", 4, nil},
+	{"the proxy calls its own host", 4, without[rules.OwnerUID]},
+	{"the proxy's own queries", 3, nil},
+	{"a local resolver asks upstream", 3, nil},
+	{"every DNS query goes to the proxy's DNS port 15053", 4, nil},
+	{"the proxy's answers to redirected queries", 4, nil},
+	{"queries", 4, nil},
+	{"every DNS query is redirected", 4, nil},
+}
+
+// unguarded are the rules that no theorem misses, and why.
+var unguarded = map[string]string{
+	"to this host itself: untouched":         "the chain ends there: it is for whoever reads the rules",
+	"kuma-tproxy 1 passthrough-address=ours": "a record in a chain that nothing jumps to",
+}
+
+func without[M rules.Match](r *rules.Rule) {
+	r.Matches = slices.DeleteFunc(slices.Clone(r.Matches), func(m rules.Match) bool { _, is := m.(M); return is })
+}
+
+// mutate returns the Set with the rules of that reason changed or taken out.
+func mutate(s rules.Set, why string, change func(*rules.Rule)) (out rules.Set, found bool) {
+	edit := func(list []rules.Rule) (kept []rules.Rule) {
+		for _, r := range list {
+			if r.Why == why {
+				if found = true; change == nil {
+					continue
+				}
+				change(&r)
+			}
+			kept = append(kept, r)
+		}
+		return kept
+	}
+	s.Bases, s.Chains = slices.Clone(s.Bases), slices.Clone(s.Chains)
+	for i := range s.Bases {
+		s.Bases[i].Rules = edit(s.Bases[i].Rules)
+	}
+	for i := range s.Chains {
+		s.Chains[i].Rules = edit(s.Chains[i].Rules)
+	}
+	return s, found
+}
+
+// counterexample looks for a packet for which the theorem does not hold.
+func counterexample(c Case, number int) error {
+	packets := Packets(c.Config, c.Host, c.Env)
+	theorem := Theorems()[slices.IndexFunc(Theorems(), func(o Theorem) bool { return o.Number == number })]
+	for seed := range 10000 {
+		if err := theorem.Holds(c, packets.Example(seed)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func TestEveryTheoremCanFail(t *testing.T) {
+	whole, err := NewCase(full, fullHost, Env())
+	if err != nil {
+		t.Fatal(err)
+	}
+	guarded := map[string]bool{}
+	for _, m := range mutants {
+		c, found := whole, false
+		guarded[m.why] = true
+		if c.Rules, found = mutate(whole.Rules, m.why, m.change); !found {
+			t.Errorf("there is no rule %q", m.why)
+			continue
+		}
+		err := counterexample(c, m.theorem)
+		if err == nil {
+			t.Errorf("theorem %d holds without %q", m.theorem, m.why)
+			continue
+		}
+		what, _, _ := strings.Cut(err.Error(), "\n")
+		t.Logf("without %q, theorem %d: %s", m.why, m.theorem, what)
+	}
+	for _, c := range whole.Rules.Chains {
+		for _, r := range c.Rules {
+			if !guarded[r.Why] && unguarded[r.Why] == "" {
+				t.Errorf("no mutant takes out %q", r.Why)
+			}
+		}
+	}
+	for _, n := range []int{1, 2, 3, 4} {
+		if err := counterexample(whole, n); err != nil {
+			t.Errorf("theorem %d: %v", n, err)
+		}
+	}
+}
+
+// Theorems 5 and 8 speak of scripts: a Config with another list gives other
+// bytes, and a line in a comment is not rendered.
+func TestScriptTheoremsCanFail(t *testing.T) {
+	other := full
+	other.Inbound.ExcludePorts = rules.MustPorts("2222")
+	if err := Order(full, other, fullHost); err == nil {
+		t.Error("theorem 5 does not see that a list differs")
+	}
+	c, err := NewCase(full, fullHost, Env())
+	if err != nil {
+		t.Fatal(err)
+	}
+	set, _ := mutate(c.Rules, "queries", func(r *rules.Rule) { r.Why = "x\n-A OUTPUT -j DROP" })
+	if set.Validate() == nil {
+		t.Error("theorem 8: a comment with a line in it is valid")
+	}
+}
