@@ -26,7 +26,17 @@ var (
 
 	passthrough = []netip.Prefix{passthrough4, passthrough6}
 	loopback    = []netip.Prefix{loopback4, loopback6}
-	lo          = rules.OutInterface{Name: "lo"}
+)
+
+// The matches and steps that are the same for every Config.
+var (
+	lo              rules.Match = rules.OutInterface{Name: "lo"}
+	ssh             rules.Match = rules.DestinationPorts{Ports: rules.Port(SSHPort)}
+	fromPassthrough rules.Match = rules.Source{Prefixes: passthrough}
+	toPassthrough   rules.Match = rules.Destination{Prefixes: passthrough[:1]}
+	toOthers        rules.Match = rules.Destination{Prefixes: loopback, Not: true}
+
+	addPassthrough Step = AddAddress{passthrough6}
 )
 
 // dnsZone is the conntrack zone of redirected queries and of the answers to
@@ -276,7 +286,7 @@ func (p *Plan) loops() (out []Refusal) {
 		default:
 			continue
 		}
-		others := slices.ContainsFunc(p.Nameservers, func(a netip.Addr) bool { return a != r.Address })
+		others := slices.ContainsFunc(p.Nameservers, func(a netip.Addr) bool { return a != r.Address.Unmap().WithZone("") })
 		if !d.CaptureAll && !others {
 			if r.UID == 0 {
 				p.note("the local resolver %s runs as root, so no DNS query of root's processes is captured", r)
@@ -372,14 +382,22 @@ func (p *Plan) missing(v Variant, why string) *Refusal {
 	return r
 }
 
-// others refuses when rules of ours in another backend could not be removed.
+// others refuses when rules of ours in another backend, or in a family that is
+// left out, could not be removed.
 func (p *Plan) others() *Refusal {
 	for _, v := range p.Host.Variants {
 		for _, f := range v.Ours {
-			if v.Backend != p.Backend && !v.Installed(f) {
+			switch {
+			case v.Installed(f):
+			case v.Backend != p.Backend:
 				return &Refusal{
 					fmt.Sprintf("%s rules of ours stand in %s, which would go on beside those in %s, and %s is not installed", f, v.Backend, p.Backend, program(v.Backend, f)),
 					fmt.Sprintf("install %s, or keep to it with --backend %s", program(v.Backend, f), v.Backend),
+				}
+			case !slices.Contains(p.Families, f):
+				return &Refusal{
+					fmt.Sprintf("%s rules of ours stand in %s, which would go on, and %s is not installed", f, v.Backend, program(v.Backend, f)),
+					"install " + program(v.Backend, f),
 				}
 			}
 		}
@@ -388,6 +406,7 @@ func (p *Plan) others() *Refusal {
 }
 
 func (p *Plan) steps() {
+	p.Steps = make([]Step, 0, 3)
 	for _, f := range p.Families {
 		p.Steps = append(p.Steps, ReplaceRules{f, p.Backend})
 	}
@@ -401,7 +420,7 @@ func (p *Plan) steps() {
 	// Behind the rules, whose record says that the address is ours: a kill in
 	// between leaves nothing that nobody owns.
 	if slices.Contains(p.Families, rules.IPv6) && !p.Host.PassthroughAddress {
-		p.Steps = append(p.Steps, AddAddress{passthrough6})
+		p.Steps = append(p.Steps, addPassthrough)
 	}
 }
 
@@ -409,7 +428,11 @@ func (p *Plan) steps() {
 // contract, and each bears the row's reason.
 func (p *Plan) set() rules.Set {
 	c := p.Config
-	s := rules.Set{NoComments: c.DisableComments}
+	s := rules.Set{
+		NoComments: c.DisableComments,
+		Bases:      make([]rules.BaseChain, 0, 3),
+		Chains:     make([]rules.Chain, 0, 7),
+	}
 	if len(p.Families) == 1 {
 		s.Only = p.Families[0]
 	}
@@ -430,7 +453,7 @@ func (p *Plan) set() rules.Set {
 	nat(chainOutbound, p.outbound())
 	nat(chainLoopback, p.loopback())
 	if c.DNS.On() {
-		redirect := p.captured(rules.Redirect{Port: c.DNS.Port}, fmt.Sprintf("goes to the proxy's DNS port %d", c.DNS.Port))
+		redirect := p.captured(rules.Redirect{Port: c.DNS.Port}, "goes to the proxy's DNS port "+decimal(c.DNS.Port))
 		nat(chainDNS, append(p.dnsExclusions(), redirect...))
 		if !c.DNS.SkipConntrackZoneSplit {
 			s.Bases = append(s.Bases, rules.BaseChain{Table: rules.Raw, Hook: rules.Output, Place: rules.First, Rules: []rules.Rule{jumpZone}})
@@ -448,12 +471,15 @@ func rule(why string, action rules.Action, matches ...rules.Match) rules.Rule {
 	return rules.Rule{Matches: matches, Action: action, Why: why}
 }
 
+func decimal(port uint16) string { return strconv.Itoa(int(port)) }
+
 // inbound is rows A2 to A5; row A0 and A1 are the jump.
 func (p *Plan) inbound() (out []rules.Rule) {
 	in := p.Config.Inbound
+	out = make([]rules.Rule, 0, 4)
 	if p.protectsSSH() {
 		out = append(out, rule("SSH is protected unless --capture-ssh is given", rules.Return{},
-			rules.TCP, rules.DestinationPorts{Ports: rules.Port(SSHPort)}))
+			rules.TCP, ssh))
 	}
 	if len(in.ExcludeIPs) > 0 {
 		out = append(out, rule("source excluded by --exclude-inbound-ips", rules.Return{},
@@ -463,13 +489,14 @@ func (p *Plan) inbound() (out []rules.Rule) {
 		out = append(out, rule("port excluded by --exclude-inbound-ports", rules.Return{},
 			rules.TCP, rules.DestinationPorts{Ports: in.ExcludePorts}))
 	}
-	return append(out, rule(fmt.Sprintf("inbound goes to the proxy's port %d", in.Port), rules.Redirect{Port: in.Port}, rules.TCP))
+	return append(out, rule("inbound goes to the proxy's port "+decimal(in.Port), rules.Redirect{Port: in.Port}, rules.TCP))
 }
 
 // outbound is rows B3 and B5 to B11; what leaves through lo goes to loopback
 // first, so that no other connection pays for its rules.
 func (p *Plan) outbound() (out []rules.Rule) {
 	o := p.Config.Outbound
+	out = make([]rules.Rule, 0, 6+len(o.ExcludePortsForUIDs))
 	out = append(out, rule("to this host itself", rules.Goto{Chain: chainLoopback}, lo))
 	if o.Off {
 		return out
@@ -497,7 +524,7 @@ func (p *Plan) outbound() (out []rules.Rule) {
 		out = append(out, rule("DNS over TCP is not captured", rules.Return{},
 			rules.TCP, rules.DestinationPorts{Ports: rules.Port(53)}))
 	}
-	return append(out, rule(fmt.Sprintf("outbound goes to the proxy's port %d", o.Port), rules.Redirect{Port: o.Port}, rules.TCP))
+	return append(out, rule("outbound goes to the proxy's port "+decimal(o.Port), rules.Redirect{Port: o.Port}, rules.TCP))
 }
 
 const excludedForUIDs = "user excluded by --exclude-outbound-ports-for-uids"
@@ -506,16 +533,17 @@ const excludedForUIDs = "user excluded by --exclude-outbound-ports-for-uids"
 func (p *Plan) loopback() []rules.Rule {
 	in, out := p.Config.Inbound, p.Config.Outbound
 	redirects := rules.Port(in.Port).Union(rules.Port(out.Port))
-	r := []rules.Rule{rule("the proxy must not connect to itself: refused", rules.Redirect{Port: 0},
-		rules.TCP, rules.DestinationPorts{Ports: redirects}, p.owner())}
+	owner := p.owner()
+	r := append(make([]rules.Rule, 0, 5), rule("the proxy must not connect to itself: refused", rules.Redirect{Port: 0},
+		rules.TCP, rules.DestinationPorts{Ports: redirects}, owner))
 	if !in.Off {
 		r = append(r,
 			rule("the proxy hands an inbound connection on", rules.Return{},
-				rules.Source{Prefixes: passthrough}),
+				fromPassthrough),
 			rule("the proxy calls its own host", rules.Jump{Chain: chainInbound},
-				rules.Destination{Prefixes: passthrough[:1]}, p.owner()),
+				toPassthrough, owner),
 			rule("the proxy calls its own host", rules.Jump{Chain: chainInbound},
-				rules.Destination{Prefixes: loopback, Not: true}, p.owner()))
+				toOthers, owner))
 	}
 	return append(r, rule("to this host itself: untouched", rules.Return{}))
 }

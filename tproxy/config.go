@@ -130,7 +130,10 @@ type UIDExclusion struct {
 }
 
 // String writes the exclusion as ParseUIDExclusion reads it.
-func (e UIDExclusion) String() string {
+func (e UIDExclusion) String() string { return e.what() + e.UIDs.String() }
+
+// what is the exclusion's text without its users.
+func (e UIDExclusion) what() string {
 	proto, ports := "*", "*"
 	if e.Protocol != 0 {
 		proto = e.Protocol.String()
@@ -138,7 +141,7 @@ func (e UIDExclusion) String() string {
 	if !e.Ports.IsEmpty() {
 		ports = e.Ports.String()
 	}
-	return proto + ":" + ports + ":" + e.UIDs.String()
+	return proto + ":" + ports + ":"
 }
 
 // Names reports whether the exclusion names the protocol, the port and the user.
@@ -349,15 +352,39 @@ func canonicalPrefixes(in []netip.Prefix) []netip.Prefix {
 // canonicalExclusions sorts and merges the exclusions: those of one protocol
 // and one set of ports become one.
 func canonicalExclusions(in []UIDExclusion) []UIDExclusion {
-	var out []UIDExclusion
+	if len(in) == 0 {
+		return nil
+	}
+	users := make(map[string][]rules.UIDs) // by protocol and ports
 	for _, e := range in {
-		i := slices.IndexFunc(out, func(o UIDExclusion) bool { return o.Protocol == e.Protocol && o.Ports.Equal(e.Ports) })
-		if i < 0 {
-			out = append(out, e)
-		} else {
-			out[i].UIDs = out[i].UIDs.Union(e.UIDs)
+		what := e.what()
+		users[what] = append(users[what], e.UIDs)
+	}
+	type keyed struct {
+		text string
+		e    UIDExclusion
+	}
+	merged := make([]keyed, 0, len(users))
+	for _, e := range in {
+		what := e.what()
+		if u, ok := users[what]; ok {
+			delete(users, what)
+			e.UIDs = union(u)
+			merged = append(merged, keyed{what + e.UIDs.String(), e})
 		}
 	}
-	slices.SortFunc(out, func(a, b UIDExclusion) int { return strings.Compare(a.String(), b.String()) })
+	slices.SortFunc(merged, func(a, b keyed) int { return strings.Compare(a.text, b.text) })
+	out := make([]UIDExclusion, len(merged))
+	for i, m := range merged {
+		out[i] = m.e
+	}
 	return out
+}
+
+// union halves the list, so that a long one is not copied for each of its sets.
+func union(us []rules.UIDs) rules.UIDs {
+	if len(us) == 1 {
+		return us[0]
+	}
+	return union(us[:len(us)/2]).Union(union(us[len(us)/2:]))
 }

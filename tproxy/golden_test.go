@@ -36,7 +36,7 @@ func TestGolden(t *testing.T) {
 				plan, err = tproxy.Build(cfg, host(t, a))
 			}
 			if err != nil {
-				Golden(t, file, Section{"error", err.Error()}, Section{Name: "v4"}, Section{Name: "v6"}, Section{Name: "steps"}, Section{Name: "walks"})
+				Golden(t, file, section("error", err.Error()), section("v4", ""), section("v6", ""), section("steps", ""), section("walks", ""))
 				return
 			}
 			walks, ok := a.Section("walks")
@@ -44,11 +44,11 @@ func TestGolden(t *testing.T) {
 				t.Error("the scenario has no walks")
 			}
 			Golden(t, file,
-				Section{Name: "error"},
-				Section{"v4", string(plan.Rules.IPTables(rules.IPv4))},
-				Section{"v6", string(plan.Rules.IPTables(rules.IPv6))},
-				Section{"steps", steps(plan)},
-				Section{"walks", Walks(t, plan, Env(), walks)})
+				section("error", ""),
+				section("v4", string(plan.Rules.IPTables(rules.IPv4))),
+				section("v6", string(plan.Rules.IPTables(rules.IPv6))),
+				section("steps", steps(plan)),
+				section("walks", Walks(t, plan, Env(), walks)))
 		})
 	}
 }
@@ -69,6 +69,8 @@ func host(t *testing.T, a Archive) (h tproxy.Host) {
 	}
 	return h
 }
+
+func section(name, text string) Section { return Section{Name: name, Text: text} }
 
 func steps(p *tproxy.Plan) string {
 	var b strings.Builder

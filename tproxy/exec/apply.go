@@ -27,6 +27,15 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 		return nil, err
 	}
 	s.wait, s.waitInterval = p.Config.Wait, p.Config.WaitInterval
+	if err := s.m.privileged(); err != nil {
+		return nil, err
+	}
+	for _, v := range p.Host.Variants {
+		if v.Unknown != "" {
+			return nil, &ApplyError{Step: "reading what is installed",
+				Err: fmt.Errorf("whether rules of ours stand in %s cannot be told: %s", v.Backend, v.Unknown)}
+		}
+	}
 	var jobs []job
 	for _, step := range p.Steps {
 		j := job{step: step.String()}
@@ -42,8 +51,8 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 		v, ok := p.Host.Variant(b)
 		if !ok || !v.Installed(j.family) {
 			return nil, &ApplyError{Step: j.step, Family: j.family,
-				Err:    fmt.Errorf("the plan was made for a host without %s: %w", b, ErrUnsupported),
-				Remedy: "build the plan from what Runner.Probe observed"}
+				Err:    fmt.Errorf("the plan was made for a host without the programs of %s for %s: %w", b, j.family, ErrUnsupported),
+				Remedy: "install the package iptables, and build the plan from what Runner.Probe observes then"}
 		}
 		j.variant = v
 		jobs = append(jobs, j)
@@ -79,7 +88,8 @@ func (r *Runner) Remove(ctx context.Context, o RemoveOptions) (*Report, error) {
 	var jobs []job
 	for _, v := range s.variants(ctx) {
 		if v.Unknown != "" {
-			return nil, &ApplyError{Step: "reading what is installed", Err: fmt.Errorf("%s: %s", v.Backend, v.Unknown)}
+			return nil, &ApplyError{Step: "reading what is installed",
+				Err: fmt.Errorf("whether rules of ours stand in %s cannot be told: %s", v.Backend, v.Unknown)}
 		}
 		for _, f := range v.Ours {
 			step := tproxy.RemoveRules{Family: f, Backend: v.Backend}
@@ -172,11 +182,26 @@ func (t *transaction) write(ctx context.Context, jobs []job, rec tproxy.Record, 
 			return &ApplyError{Step: address.String(), Family: rules.IPv6, Err: err}
 		}
 		rec.PassthroughAddressOurs = rec.PassthroughAddressOurs || !there
-	} else if rec.PassthroughAddressOurs {
+	}
+	drop := !ipv6 && rec.PassthroughAddressOurs
+	if drop {
+		rec.PassthroughAddressOurs = false
+	}
+	for i := range jobs {
+		// Before anything is written: to take the last NAT rule out and put it
+		// back would cost the redirected connections.
+		j := &jobs[i]
+		if len(rules.Compare(j.family, j.before.ours, j.want(rec))) == 0 {
+			continue
+		}
+		if err := blocked(j, j.before); err != nil {
+			return err
+		}
+	}
+	if drop {
 		if err := t.removeAddress(address); err != nil {
 			return err
 		}
-		rec.PassthroughAddressOurs = false
 	}
 	for i := range jobs {
 		if err := ctx.Err(); err != nil {
@@ -206,7 +231,13 @@ func (t *transaction) addAddress(a tproxy.AddAddress) error {
 
 func (t *transaction) removeAddress(a tproxy.AddAddress) error {
 	if t.dryRun {
-		t.report.Steps = append(t.report.Steps, a.Undo())
+		there, err := t.m.hasAddress(a.Prefix.Addr())
+		if err != nil {
+			return &ApplyError{Step: a.Undo(), Family: rules.IPv6, Err: err}
+		}
+		if there {
+			t.report.Steps = append(t.report.Steps, a.Undo())
+		}
 		return nil
 	}
 	removed, err := t.m.delAddress(a.Prefix)
@@ -228,9 +259,18 @@ func (t *transaction) did(step, what string, back func(context.Context) (bool, e
 // replace turns what is ours in one family of one backend into want.
 func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error {
 	now := j.before
+	fr := FamilyReport{Family: j.family, Backend: j.variant.Backend, Changes: rules.Compare(j.family, now.ours, want)}
+	done := func() error {
+		t.report.Changed = true
+		t.report.Steps = append(t.report.Steps, j.step)
+		t.report.Families = append(t.report.Families, fr)
+		return nil
+	}
 	for try := 1; ; try++ {
-		fr := FamilyReport{Family: j.family, Backend: j.variant.Backend, Changes: rules.Compare(j.family, now.ours, want)}
-		if len(fr.Changes) == 0 {
+		if len(rules.Compare(j.family, now.ours, want)) == 0 {
+			if try > 1 {
+				return done() // a try that reported a failure had done it
+			}
 			t.report.Families = append(t.report.Families, fr)
 			return nil
 		}
@@ -243,21 +283,21 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 			t.report.Families = append(t.report.Families, fr)
 			return nil
 		}
+		if try == 1 {
+			// Also for a try that fails: of two tables it may have changed one.
+			t.undo = append(t.undo, undo{putBackText(j), func(ctx context.Context) (bool, error) { return t.putBack(ctx, j) }})
+		}
 		err := t.restore(ctx, j.variant, j.family, j.step, fr.Script)
 		if err == nil {
-			t.did(j.step, putBackText(j), func(ctx context.Context) (bool, error) { return t.putBack(ctx, j) })
-			t.report.Families = append(t.report.Families, fr)
-			return nil
+			return done()
 		}
-		// A script of two tables may have changed the first: read again.
 		again, readErr := t.save(ctx, j.variant, j.family)
-		if readErr == nil && try < maxTries && retryable(err) && changed(j.family, now, again) && ctx.Err() == nil {
+		if readErr == nil && try < maxTries && retryable(err) && changed(j.family, tableOf(err), now, again) && ctx.Err() == nil {
 			t.log.Warn("the rules changed under us; trying again", "family", j.family, "try", try, "error", err)
 			t.retries++
 			now = again
 			continue
 		}
-		t.undo = append(t.undo, undo{putBackText(j), func(ctx context.Context) (bool, error) { return t.putBack(ctx, j) }})
 		return err
 	}
 }
@@ -266,10 +306,27 @@ func putBackText(j *job) string {
 	return tproxy.ReplaceRules{Family: j.family, Backend: j.variant.Backend}.Undo()
 }
 
-// changed reports whether somebody changed the rules between two readings:
-// without that, trying again would fail again.
-func changed(f rules.Family, a, b live) bool {
-	return len(rules.Compare(f, a.ours, b.ours)) > 0 || len(rules.Compare(f, a.all, b.all)) > 0
+// changed reports whether somebody changed the rules of the table that failed
+// between two readings: without that, trying again would fail again. The tables
+// in front of it we have changed ourselves. Where the table is not known, all
+// count.
+func changed(f rules.Family, failed rules.Table, a, b live) bool {
+	return len(rules.Compare(f, only(failed, a.all), only(failed, b.all))) > 0
+}
+
+func only(t rules.Table, s rules.Set) rules.Set {
+	if t != "" {
+		s.Bases = slices.DeleteFunc(slices.Clone(s.Bases), func(c rules.BaseChain) bool { return c.Table != t })
+		s.Chains = slices.DeleteFunc(slices.Clone(s.Chains), func(c rules.Chain) bool { return c.Table != t })
+	}
+	return s
+}
+
+func tableOf(err error) rules.Table {
+	if e, ok := errors.AsType[*ApplyError](err); ok {
+		return e.Table
+	}
+	return ""
 }
 
 // putBack makes what is ours in a family what it was before.

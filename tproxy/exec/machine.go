@@ -257,7 +257,7 @@ func (system) userByID(uid uint32) (string, bool) {
 
 func (system) readFile(path string) ([]byte, error) { return os.ReadFile(path) }
 func (system) environ(key string) string            { return os.Getenv(key) }
-func (system) procs() procfs.FS                     { return procfs.FS{} }
+func (system) procs() procfs.FS                     { return procfs.FS{Listening: kernel.ListeningTCP} }
 
 // The capabilities that iptables needs, by their bit (capabilities(7),
 // linux/capability.h).

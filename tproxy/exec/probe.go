@@ -125,8 +125,8 @@ func (s *session) inboundPorts(n tproxy.Needs, h *tproxy.Host) error {
 	for _, sh := range shells {
 		h.RemoteShells = append(h.RemoteShells, tproxy.RemoteShell{Port: sh.Port, Why: sh.Why})
 	}
-	if partial && s.m.privileged() != nil {
-		h.Notes = append(h.Notes, "not all processes can be seen without root: a server of remote shells may have been overlooked")
+	if partial {
+		h.Notes = append(h.Notes, "not all processes can be seen (it takes root with CAP_SYS_PTRACE): a server of remote shells may have been overlooked")
 	}
 	return nil
 }
@@ -157,8 +157,11 @@ func (s *session) resolvers(path string, h *tproxy.Host) error {
 	}
 	var found []at
 	inodes := make(map[uint64]bool)
-	for _, a := range h.Nameservers {
-		own := a.IsLoopback() || slices.ContainsFunc(local, func(p netip.Prefix) bool { return p.Addr() == a.WithZone("") })
+	for i, a := range h.Nameservers {
+		if slices.Contains(h.Nameservers[:i], a) {
+			continue
+		}
+		own := a.IsLoopback() || slices.ContainsFunc(local, func(p netip.Prefix) bool { return p.Addr() == a.Unmap().WithZone("") })
 		if !own {
 			continue
 		}
@@ -183,7 +186,10 @@ func (s *session) resolvers(path string, h *tproxy.Host) error {
 	}
 	for _, f := range found {
 		for _, p := range owners[f.socket.Inode] {
-			h.LocalResolvers = append(h.LocalResolvers, tproxy.LocalResolver{Address: f.addr, UID: p.UID, PID: p.PID, Program: p.Comm})
+			r := tproxy.LocalResolver{Address: f.addr, UID: p.UID, PID: p.PID, Program: p.Comm}
+			if !slices.Contains(h.LocalResolvers, r) { // a socket for each thread
+				h.LocalResolvers = append(h.LocalResolvers, r)
+			}
 		}
 		if len(owners[f.socket.Inode]) == 0 {
 			// The socket's user is the one who bound it, often root, who may have

@@ -58,7 +58,7 @@ func (s *session) variants(ctx context.Context) []tproxy.Variant {
 	s.inKernel(&legacy)
 	var out []tproxy.Variant
 	for _, v := range []tproxy.Variant{nft, legacy} {
-		if v.IPv4 != (tproxy.Programs{}) || v.IPv6 != (tproxy.Programs{}) || v.Rules || v.Unknown != "" && v.Installed(rules.IPv4) {
+		if v.IPv4 != (tproxy.Programs{}) || v.IPv6 != (tproxy.Programs{}) || v.Rules || len(v.Ours) > 0 {
 			out = append(out, v)
 		}
 	}
@@ -73,10 +73,15 @@ func (s *session) variantOf(ctx context.Context, path, target string) (tproxy.Ba
 	switch filepath.Base(target) {
 	case "xtables-nft-multi":
 		return tproxy.IPTablesNFT, ""
-	case "xtables-legacy-multi":
+	case "xtables-legacy-multi", "xtables-multi": // the latter before 1.8
 		return tproxy.IPTablesLegacy, ""
 	}
 	r, err := s.run(ctx, command{Path: path, Args: []string{"--version"}})
+	if err == nil && r.Exit != 0 {
+		// Old ones of -save and -restore do not know --version: iptables does.
+		base := strings.TrimSuffix(strings.TrimSuffix(path, "-restore"), "-save")
+		r, err = s.run(ctx, command{Path: base, Args: []string{"--version"}})
+	}
 	if err != nil || r.Exit != 0 {
 		s.log.Warn("cannot tell which iptables this is", "program", path, "exit", r.Exit, "stderr", string(r.Stderr), "error", err)
 		return tproxy.Auto, ""
@@ -122,7 +127,7 @@ func (s *session) inKernel(v *tproxy.Variant) {
 		}
 		if err != nil {
 			v.Unknown = err.Error()
-			s.log.Warn("cannot tell what the kernel holds", "backend", v.Backend, "family", f, "error", err)
+			s.log.Debug("cannot tell what the kernel holds", "backend", v.Backend, "family", f, "error", err)
 		}
 	}
 }

@@ -35,14 +35,11 @@ func (s *session) save(ctx context.Context, v tproxy.Variant, f rules.Family) (l
 		return live{}, s.failure(ctx, step, f, v, path, nil, r)
 	}
 	// iptables-nft-save passes over a table that holds what iptables cannot say.
-	if i := bytes.Index(r.Stdout, []byte("is incompatible, use 'nft' tool")); i >= 0 {
-		line := r.Stdout[bytes.LastIndexByte(r.Stdout[:i], '\n')+1 : i]
-		for _, t := range []rules.Table{rules.NAT, rules.Raw} {
-			if bytes.Contains(line, []byte(t)) {
-				return live{}, &ApplyError{Step: step, Family: f, Table: t, Program: path,
-					Err:    fmt.Errorf("table %s %s holds rules that were made with nft and that iptables cannot read", nftFamily(f), t),
-					Remedy: "move them to a table of another name, or use --backend iptables-legacy"}
-			}
+	for _, t := range []rules.Table{rules.NAT, rules.Raw} {
+		if bytes.Contains(r.Stdout, fmt.Appendf(nil, "# Table `%s' is incompatible, use 'nft' tool", t)) {
+			return live{}, &ApplyError{Step: step, Family: f, Table: t, Program: path,
+				Err:    fmt.Errorf("table %s %s holds rules that were made with nft and that iptables cannot read", nftFamily(f), t),
+				Remedy: "move them to a table of another name, or use --backend iptables-legacy"}
 		}
 	}
 	all, err := rules.ParseSave(f, r.Stdout)
@@ -57,12 +54,20 @@ func (s *session) save(ctx context.Context, v tproxy.Variant, f rules.Family) (l
 // restore feeds a script to iptables-restore.
 func (s *session) restore(ctx context.Context, v tproxy.Variant, f rules.Family, step string, script []byte) error {
 	c := command{Path: v.For(f).Restore, Args: []string{"--noflush"}, Stdin: script}
-	// Without --wait the legacy restore gives up at once; the nft one takes no
-	// lock and ignores it (iptables-restore(8)). It is never written as "-w N",
-	// which the legacy one reads as a file's name.
-	if s.wait > 0 {
-		c.Args = append(c.Args, fmt.Sprintf("--wait=%d", s.wait/time.Second))
-		if s.waitInterval > 0 && v.Backend == tproxy.IPTablesLegacy {
+	// Always with --wait=N: without it, and with 0, the legacy restore of 1.8.9
+	// waits for ever. Not to wait at all is to look who holds the lock, and to
+	// give whom we cannot see, or who takes it now, one second. The nft one
+	// takes no lock and ignores the option (iptables-restore(8)). It is never
+	// written as "-w N", which the legacy one reads as a file's name.
+	seconds := max(1, (s.wait+time.Second-1)/time.Second)
+	c.Args = append(c.Args, fmt.Sprintf("--wait=%d", seconds))
+	if v.Backend == tproxy.IPTablesLegacy {
+		if s.wait <= 0 {
+			if pid, comm, ok := s.m.lockHolder(); ok {
+				return &ApplyError{Step: step, Family: f, Err: ErrLocked, Remedy: heldBy(pid, comm)}
+			}
+		}
+		if s.waitInterval > 0 {
 			c.Args = append(c.Args, fmt.Sprintf("--wait-interval=%d", s.waitInterval/time.Microsecond))
 		}
 	}
@@ -76,13 +81,23 @@ func (s *session) restore(ctx context.Context, v tproxy.Variant, f rules.Family,
 	return nil
 }
 
+// maxStderr is how much of a program's stderr an error keeps, in bytes.
+const maxStderr = 4096
+
+func heldBy(pid int, comm string) string {
+	return fmt.Sprintf("process %d (%s) holds the xtables lock; wait for it, or wait longer with --wait", pid, comm)
+}
+
 // failedLine finds the line that iptables-restore names: "line 12 failed",
 // "line 5: RULE_APPEND failed (...)", "Error occurred at line: 12".
 var failedLine = regexp.MustCompile(`line:? (\d+)`)
 
 // failure makes an error of what a program of iptables left.
 func (s *session) failure(ctx context.Context, step string, f rules.Family, v tproxy.Variant, path string, script []byte, r result) *ApplyError {
-	e := &ApplyError{Step: step, Family: f, Program: path, Stderr: string(r.Stderr), Err: fmt.Errorf("exit code %d", r.Exit)}
+	e := &ApplyError{Step: step, Family: f, Program: path, Stderr: string(r.Stderr[:min(len(r.Stderr), maxStderr)]), Err: fmt.Errorf("exit code %d", r.Exit)}
+	if r.Exit < 0 {
+		e.Err = errors.New("killed by a signal")
+	}
 	lines := bytes.Split(script, []byte("\n"))
 	if m := failedLine.FindStringSubmatch(e.Stderr); m != nil {
 		if n, err := strconv.Atoi(m[1]); err == nil && n >= 1 && n <= len(lines) {
@@ -111,20 +126,22 @@ func (s *session) diagnose(e *ApplyError, v tproxy.Variant, script []byte) {
 	}
 	cause := func(err error) { e.Err = fmt.Errorf("%w (%w)", err, e.Err) }
 	switch {
-	case says("xtables lock", "Resource temporarily unavailable"):
+	case says("holding the xtables lock", "Can't lock "):
 		cause(ErrLocked)
 		if pid, comm, ok := s.m.lockHolder(); ok {
-			e.Remedy = fmt.Sprintf("process %d (%s) holds the xtables lock; wait for it, or wait longer with --wait", pid, comm)
+			e.Remedy = heldBy(pid, comm)
 		} else {
 			e.Remedy = "somebody held the xtables lock for the whole time; wait longer with --wait"
 		}
+	case says("can't open lock file") && says("Read-only file system", "No such file or directory"):
+		e.Remedy = "the lock of iptables-legacy must be writable: mount /run writable, or name another file in XTABLES_LOCKFILE"
 	case says("Permission denied", "you must be root", "Operation not permitted"):
 		cause(ErrNotRoot)
 		e.Remedy = "run as root, or with CAP_NET_ADMIN and CAP_NET_RAW; if you did, a security module (SELinux, seccomp) denies it: see its log"
 	case says("missing kernel module", "do you need to insmod", "No chain/target/match by that name", "Couldn't load match", "Couldn't load target", "Extension ", "(No such file or directory)", "Could not fetch rule set generation id", "Failed to initialize nft", "Protocol not supported"):
 		cause(ErrNoModule)
 		e.Remedy = remedyFor(v.Backend, e, script)
-	case says("unrecognized option", "unknown option", "nrecognized option '--wait"):
+	case says("--wait") && says("unrecognized option", "unknown option"):
 		e.Remedy = "this iptables is too old: iptables-restore has --wait since 1.6.2"
 	}
 }
@@ -189,12 +206,10 @@ func (s *session) version(path string, f rules.Family, b tproxy.Backend) string 
 	return text
 }
 
-// retryable reports whether reading again and trying again can help: the rules
-// changed between the two, or the kernel was busy.
+// retryable reports whether trying again can help once the rules are found to
+// have changed. The words do not tell: of a rule that somebody else deleted
+// meanwhile the legacy restore says "line 3 failed" and nothing more.
 func retryable(err error) bool {
-	e, ok := errors.AsType[*ApplyError](err)
-	return ok && !errors.Is(err, ErrLocked) && !errors.Is(err, ErrNotRoot) &&
-		(strings.Contains(e.Stderr, "Device or resource busy") || strings.Contains(e.Stderr, "Interrupted system call") ||
-			strings.Contains(e.Stderr, "File exists") || strings.Contains(e.Stderr, "No such file or directory") ||
-			strings.Contains(e.Stderr, "Bad rule") || strings.Contains(e.Stderr, "does a matching rule exist"))
+	_, ok := errors.AsType[*ApplyError](err)
+	return ok && !errors.Is(err, ErrLocked) && !errors.Is(err, ErrNotRoot)
 }

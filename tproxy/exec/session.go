@@ -47,6 +47,9 @@ func (s *session) run(ctx context.Context, c command) (result, error) {
 	start := time.Now()
 	r, err := s.m.run(ctx, c)
 	s.log.Debug("ran", "command", c.String(), "exit", r.Exit, "took", time.Since(start), "stderr", string(r.Stderr))
+	if err == nil && r.Exit < 0 && ctx.Err() != nil {
+		err = fmt.Errorf("killed: it did not end within %s", time.Since(start).Round(time.Second))
+	}
 	if err != nil {
 		return r, fmt.Errorf("%s: %w", c.Path, err)
 	}

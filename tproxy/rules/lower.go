@@ -42,6 +42,7 @@ func (r *Rule) lower(out []Rule, f Family) []Rule {
 		if plain {
 			continue
 		}
+		out = slices.Grow(out, len(choices))
 		// The first match that is no single line is replaced by each of its
 		// alternatives; what follows it is lowered by the recursion.
 		for _, c := range choices {
@@ -106,6 +107,7 @@ func alternatives(m Match, f Family) (choices []Match, plain bool) {
 		if len(m.UIDs.s) <= 1 {
 			return nil, true
 		}
+		choices = make([]Match, 0, len(m.UIDs.s))
 		for i := range m.UIDs.s {
 			choices = append(choices, OwnerUID{UIDs: UIDs{m.UIDs.s[i : i+1]}})
 		}
@@ -114,6 +116,7 @@ func alternatives(m Match, f Family) (choices []Match, plain bool) {
 		if len(m.GIDs.s) <= 1 {
 			return nil, true
 		}
+		choices = make([]Match, 0, len(m.GIDs.s))
 		for i := range m.GIDs.s {
 			choices = append(choices, OwnerGID{GIDs: UIDs{m.GIDs.s[i : i+1]}})
 		}
@@ -126,6 +129,7 @@ func addresses(ps []netip.Prefix, not bool, f Family, one func([]netip.Prefix) M
 	if len(ps) == 1 && f.holds(ps[0].Addr()) && (not || f == 0 || ps[0].Bits() > 0) {
 		return nil, true
 	}
+	choices = make([]Match, 0, len(ps))
 	for i, p := range ps {
 		switch {
 		case !f.holds(p.Addr()):
@@ -135,7 +139,7 @@ func addresses(ps []netip.Prefix, not bool, f Family, one func([]netip.Prefix) M
 			choices = append(choices, one(ps[i:i+1]))
 		}
 	}
-	if not && choices == nil {
+	if not && len(choices) == 0 {
 		choices = []Match{nil} // nothing of f is excepted: every packet
 	}
 	return choices, false

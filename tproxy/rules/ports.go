@@ -19,11 +19,14 @@ type PortRange = span[uint16]
 // UIDRange is a range of user or group IDs, both ends included.
 type UIDRange = span[uint32]
 
-func (s span[T]) String() string {
-	if s.First == s.Last {
-		return strconv.FormatUint(uint64(s.First), 10)
+func (s span[T]) String() string { return string(s.append(nil)) }
+
+func (s span[T]) append(b []byte) []byte {
+	b = strconv.AppendUint(b, uint64(s.First), 10)
+	if s.First != s.Last {
+		b = strconv.AppendUint(append(b, '-'), uint64(s.Last), 10)
 	}
-	return fmt.Sprintf("%d-%d", s.First, s.Last)
+	return b
 }
 
 // spans is sorted, without overlaps, and neighbours are merged.
@@ -69,15 +72,16 @@ func (s spans[T]) contains(v T) bool {
 	return found
 }
 
-func (s spans[T]) String() string {
-	var b strings.Builder
+func (s spans[T]) String() string { return string(s.append(nil)) }
+
+func (s spans[T]) append(b []byte) []byte {
 	for i, r := range s {
 		if i > 0 {
-			b.WriteByte(',')
+			b = append(b, ',')
 		}
-		b.WriteString(r.String())
+		b = r.append(b)
 	}
-	return b.String()
+	return b
 }
 
 // parseSpans reads a comma list of numbers and ranges; every bad entry is
@@ -258,7 +262,7 @@ func (p *Ports) UnmarshalJSON(data []byte) error {
 		}
 		list = []any{one}
 	}
-	var sum Ports
+	var all []PortRange
 	var errs []error
 	for _, e := range list {
 		var text string
@@ -280,12 +284,12 @@ func (p *Ports) UnmarshalJSON(data []byte) error {
 			errs = append(errs, err)
 			continue
 		}
-		sum = sum.Union(q)
+		all = append(all, q.s...)
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	*p = sum
+	*p = Ports{mergeSpans(all)}
 	return nil
 }
 

@@ -3,6 +3,7 @@ package rules
 import (
 	"net/netip"
 	"strconv"
+	"strings"
 )
 
 // tableOrder is the order in which a script commits tables: nat goes in before
@@ -140,15 +141,23 @@ func (r *Rule) appendSpec(b []byte, comment bool) []byte {
 		// Behind the matches: in front of them, every packet would pay for it
 		// (63 µs a connection against 23 with 1,000 rules, iptables-nft, kernel 6.18).
 		b = append(b, ` -m comment --comment "`...)
-		for _, c := range []byte(r.Why) {
-			if c == '"' || c == '\\' {
-				b = append(b, '\\')
-			}
-			b = append(b, c)
-		}
+		b = appendEscaped(b, r.Why)
 		b = append(b, '"')
 	}
 	return r.Action.appendAction(b)
+}
+
+func appendEscaped(b []byte, text string) []byte {
+	if strings.IndexByte(text, '"') < 0 && strings.IndexByte(text, '\\') < 0 {
+		return append(b, text...) // as almost every comment is
+	}
+	for _, c := range []byte(text) {
+		if c == '"' || c == '\\' {
+			b = append(b, '\\')
+		}
+		b = append(b, c)
+	}
+	return b
 }
 
 func appendExtension(b []byte, p Protocol, named bool) []byte {
@@ -251,7 +260,7 @@ func (m OwnerGID) appendIPTables(b []byte) []byte {
 func appendOwner(b []byte, option string, ids UIDs, not bool) []byte {
 	b = append(b, " -m owner"...)
 	b = append(appendNot(b, not), option...)
-	return append(b, ids.String()...)
+	return ids.s.append(b)
 }
 
 func (m CTState) appendIPTables(b []byte) []byte {

@@ -429,7 +429,8 @@ func (s Set) Validate() error {
 }
 
 func (s Set) check(faults []Fault, t Table, chain string, rules []Rule) []Fault {
-	for i, r := range rules {
+	for i := range rules {
+		r := &rules[i]
 		bad := func(format string, args ...any) {
 			faults = append(faults, Fault{t, chain, i + 1, fmt.Sprintf(format, args...)})
 		}
@@ -443,7 +444,7 @@ func (s Set) check(faults []Fault, t Table, chain string, rules []Rule) []Fault 
 	return faults
 }
 
-func (r Rule) check(bad func(string, ...any)) {
+func (r *Rule) check(bad func(string, ...any)) {
 	var proto Protocol
 	for _, m := range r.Matches {
 		if p, ok := m.(Protocol); ok {
@@ -530,9 +531,18 @@ func (r Rule) check(bad func(string, ...any)) {
 	if len(r.Why) > MaxWhy {
 		bad("a comment of %d bytes; at most %d reach the kernel", len(r.Why), MaxWhy)
 	}
-	if i := strings.IndexFunc(r.Why, func(c rune) bool { return c < ' ' || c > '~' }); i >= 0 {
+	if !isPrintable(r.Why) {
 		bad("comment %q holds more than printable ASCII", r.Why)
 	}
+}
+
+func isPrintable(s string) bool {
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] > '~' {
+			return false
+		}
+	}
+	return true
 }
 
 func checkPrefixes(bad func(string, ...any), ps []netip.Prefix, not bool) {

@@ -120,8 +120,9 @@ func (t Trace) Deciding() (step Step, ok bool) {
 				}
 			}
 		case Untouched:
-			if _, zone := s.Rule.Action.(rules.CTZone); zone && s.Matched && !ok {
-				return s, true // nat has no rule about it, but it is in another zone
+			// Where nat has no rule about it, the zone has: the first CT holds.
+			if a, ct := s.Rule.Action.(rules.CTZone); ct && s.Matched && a.Zone == t.Zone && (!ok || step.Table == rules.Raw) {
+				step, ok = s, true
 			}
 			if !s.Matched || s.Table != rules.NAT || s.Rule.Target() != "" {
 				continue

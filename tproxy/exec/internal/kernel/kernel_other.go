@@ -5,6 +5,8 @@ package kernel
 import (
 	"errors"
 	"net/netip"
+
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/procfs"
 )
 
 // LockHandle is a lock that is held.
@@ -52,3 +54,6 @@ func lockHolder(name string) *HeldError { return &HeldError{Name: name} }
 
 // LegacyChains is for Linux.
 func LegacyChains(Family, string) ([]string, error) { return nil, errors.ErrUnsupported }
+
+// ListeningTCP is for Linux.
+func ListeningTCP() ([]procfs.Socket, error) { return nil, errors.ErrUnsupported }

@@ -27,6 +27,12 @@ type Process struct {
 // for want of CAP_SYS_PTRACE (proc_pid_fd(5)); one in a PID namespace that
 // Root does not show, or hidden by the mount option hidepid, cannot be told of.
 func (f FS) Owners(inodes map[uint64]bool) (owners map[uint64][]Process, partial bool, err error) {
+	return f.ownersAmong(inodes, nil)
+}
+
+// ownersAmong is Owners among the processes for which among says yes, or all if
+// it is nil. It is asked with the PID, Comm and Exe alone.
+func (f FS) ownersAmong(inodes map[uint64]bool, among func(Process) bool) (owners map[uint64][]Process, partial bool, err error) {
 	if err := f.supported(); err != nil {
 		return nil, false, err
 	}
@@ -39,10 +45,27 @@ func (f FS) Owners(inodes map[uint64]bool) (owners map[uint64][]Process, partial
 		return nil, false, err
 	}
 	for _, pid := range pids {
+		var exeErr error
+		if among != nil {
+			var exe string
+			exe, exeErr = f.exe(pid)
+			switch {
+			case errors.Is(exeErr, fs.ErrNotExist):
+				continue // a kernel thread or a zombie, which hold none
+			case exeErr == nil && !among(Process{PID: pid, Comm: f.comm(pid), Exe: exe}):
+				continue
+			}
+		}
 		st, err := f.stat(pid)
 		if err == nil && st.kernel {
 			// It holds none, and only root may read that: it would make every
 			// other user's answer partial.
+			continue
+		}
+		if errors.Is(exeErr, fs.ErrPermission) {
+			// Who may not read this link may not read those of its sockets
+			// (ptrace(2), PTRACE_MODE_READ_FSCREDS).
+			partial = true
 			continue
 		}
 		held, err := f.heldSockets(pid, inodes)
@@ -53,6 +76,9 @@ func (f FS) Owners(inodes map[uint64]bool) (owners map[uint64][]Process, partial
 			continue
 		}
 		p := f.process(pid)
+		if among != nil && !among(p) {
+			continue
+		}
 		for _, inode := range held {
 			owners[inode] = append(owners[inode], p)
 		}
@@ -95,7 +121,9 @@ func (f FS) heldSockets(pid int, inodes map[uint64]bool) ([]uint64, error) {
 		link, lerr := os.Readlink(path + "/" + name)
 		if lerr != nil {
 			if errors.Is(lerr, fs.ErrPermission) {
-				err = lerr
+				// It is the process that may not be looked at, and so each of them
+				// (ptrace(2), PTRACE_MODE_READ_FSCREDS).
+				return held, lerr
 			}
 			continue
 		}
@@ -113,9 +141,7 @@ func (f FS) heldSockets(pid int, inodes map[uint64]bool) ([]uint64, error) {
 
 func (f FS) process(pid int) Process {
 	p := Process{PID: pid, Comm: f.comm(pid)}
-	if exe, err := os.Readlink(f.pidPath(pid, "exe")); err == nil {
-		p.Exe = strings.TrimSuffix(exe, " (deleted)")
-	}
+	p.Exe, _ = f.exe(pid)
 	status, _ := os.ReadFile(f.pidPath(pid, "status"))
 	for line := range bytes.Lines(status) {
 		if ids, ok := bytes.CutPrefix(line, []byte("Uid:")); ok {
@@ -127,6 +153,11 @@ func (f FS) process(pid int) Process {
 		}
 	}
 	return p
+}
+
+func (f FS) exe(pid int) (string, error) {
+	exe, err := os.Readlink(f.pidPath(pid, "exe"))
+	return strings.TrimSuffix(exe, " (deleted)"), err
 }
 
 // comm is a process's name, "" when it is gone.

@@ -22,6 +22,10 @@ type FS struct {
 	// UnitDirs are the folders of systemd units, the first one that has a file
 	// wins; nil means DefaultUnitDirs.
 	UnitDirs []string
+	// Listening answers for the listening TCP sockets of the calling thread's
+	// network namespace without a walk through all connections, which reading
+	// net/tcp is; with nil, or an error of it, they are read all the same.
+	Listening func() ([]Socket, error)
 	// FileRoot is what stands before /run/.containerenv; "" means "/".
 	FileRoot string
 }

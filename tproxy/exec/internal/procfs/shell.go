@@ -110,11 +110,10 @@ func parsePort(s string) (uint16, bool) {
 }
 
 func (f FS) shellsOfListeners(add func(uint16, string)) (partial bool, err error) {
-	sockets, err := f.TCP()
+	sockets, err := f.listeningTCP()
 	if err != nil {
 		return false, err
 	}
-	sockets = slices.DeleteFunc(sockets, func(s Socket) bool { return !s.Listening })
 	// The kernel lists by hash bucket: sorted, the reasons do not change places.
 	slices.SortFunc(sockets, func(a, b Socket) int {
 		return cmp.Or(a.Local.Addr().Compare(b.Local.Addr()), cmp.Compare(a.Local.Port(), b.Local.Port()), cmp.Compare(a.Inode, b.Inode))
@@ -125,12 +124,16 @@ func (f FS) shellsOfListeners(add func(uint16, string)) (partial bool, err error
 		inodes[s.Inode] = true
 		ports[s.Local.Port()] = true
 	}
-	owners, partial, err := f.Owners(inodes)
+	// Only servers' sockets are looked at: there are many others.
+	isServer := func(p Process) bool {
+		_, ok := sshServer(p)
+		return ok
+	}
+	owners, partial, err := f.ownersAmong(inodes, isServer)
 	for _, s := range sockets {
 		for _, p := range owners[s.Inode] {
-			if name, ok := sshServer(p); ok {
-				add(s.Local.Port(), fmt.Sprintf("%s (pid %d) listens on %s", name, p.PID, s.Local))
-			}
+			name, _ := sshServer(p)
+			add(s.Local.Port(), fmt.Sprintf("%s (pid %d) listens on %s", name, p.PID, s.Local))
 		}
 	}
 	for _, unit := range socketUnits {

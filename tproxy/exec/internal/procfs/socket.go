@@ -9,6 +9,7 @@ import (
 	"math/bits"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 )
 
@@ -48,13 +49,23 @@ func (f FS) UDP() ([]Socket, error) {
 // ListensOn says whether a TCP socket of either family, whatever its address,
 // listens on the port in the calling thread's network namespace.
 func (f FS) ListensOn(port uint16) (bool, error) {
-	sockets, err := f.TCP()
+	sockets, err := f.listeningTCP()
 	for _, s := range sockets {
-		if s.Listening && s.Local.Port() == port {
+		if s.Local.Port() == port {
 			return true, nil
 		}
 	}
 	return false, err
+}
+
+func (f FS) listeningTCP() ([]Socket, error) {
+	if f.Listening != nil {
+		if sockets, err := f.Listening(); err == nil {
+			return sockets, nil
+		}
+	}
+	sockets, err := f.TCP()
+	return slices.DeleteFunc(sockets, func(s Socket) bool { return !s.Listening }), err
 }
 
 // ListensUDP returns the UDP sockets that a datagram to addr:port may reach

@@ -1,0 +1,22 @@
+package exec_test
+
+import (
+	"os"
+	"testing"
+
+	"github.com/kumahq/kuma-tproxy/internal/netlab"
+)
+
+// TestMain is that of the internal test files too. The kernel tests need network
+// namespaces; the others do not mind.
+func TestMain(m *testing.M) {
+	if os.Getenv(probeMarker) != "" {
+		os.Exit(probeShells())
+	}
+	// Whoever runs the tests may do so through SSH, or in a pod: that is not the
+	// lab's host.
+	for _, key := range []string{"SSH_CONNECTION", "KUBERNETES_SERVICE_HOST"} {
+		os.Unsetenv(key)
+	}
+	netlab.Main(m)
+}
