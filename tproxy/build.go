@@ -282,7 +282,7 @@ func (p *Plan) loops() (out []Refusal) {
 		case r.UID == 0:
 			who = "root"
 		case p.ProxyUIDs.Contains(r.UID):
-			who = "the proxy"
+			who = "the proxy's user"
 		default:
 			continue
 		}
@@ -300,7 +300,7 @@ func (p *Plan) loops() (out []Refusal) {
 			remedy += fmt.Sprintf(", or leave %s the only nameserver in %s", r.Address, d.ResolvConf)
 		}
 		out = append(out, Refusal{
-			fmt.Sprintf("the local resolver %s runs as the user of %s, so its own queries cannot be told from others and would come back to it for ever", r, who),
+			fmt.Sprintf("the local resolver %s runs as %s: its own queries upstream cannot be told from others of that user", r, who),
 			remedy,
 		})
 	}

@@ -8,7 +8,10 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/kumahq/kuma-tproxy/internal/netlab"
 	"github.com/kumahq/kuma-tproxy/tproxy"
@@ -142,6 +145,20 @@ func (w *world) iptables(lines ...string) {
 
 var times = regexp.MustCompile(`(?m)^# (Generated|Completed).*\n`)
 
+var policyCounters = regexp.MustCompile(`(?m)^(:[A-Z]+ [A-Z]+) \[\d+:\d+\]`)
+
+// save is iptables-save -c without the time of day; with iptables-legacy without
+// the counters of the policies: whatever it changes in a table (1.8.9, a plain -A
+// of another chain too), it sets them to zero.
+func (w *world) save(f rules.Family) string {
+	w.Helper()
+	text := times.ReplaceAllString(w.on("", w.program(f, "save"), "-c"), "")
+	if w.backend == tproxy.IPTablesLegacy {
+		text = policyCounters.ReplaceAllString(text, "$1")
+	}
+	return text
+}
+
 // tables is what the kernel holds, counters and all, as each program shows it that
 // can do so without changing anything.
 func (w *world) tables() string {
@@ -159,7 +176,7 @@ func (w *world) tables() string {
 		}
 		fmt.Fprintf(&b, "%s\n%s", file, names)
 		if w.backend == tproxy.IPTablesLegacy && len(names) > 0 || w.backend == tproxy.IPTablesNFT && strings.Contains(b.String(), "table ip") {
-			fmt.Fprintf(&b, "%s\n%s", w.program(f, "save"), times.ReplaceAllString(w.on("", w.program(f, "save"), "-c"), ""))
+			fmt.Fprintf(&b, "%s\n%s", w.program(f, "save"), w.save(f))
 		}
 	}
 	fmt.Fprintf(&b, "ip address\n%s", w.on("", "ip", "-o", "address"))
@@ -180,11 +197,11 @@ func (w *world) ours(f rules.Family) rules.Set {
 	return ours
 }
 
-// same fails with the lines that differ.
+// same fails with what differs.
 func (w *world) same(what, before, after string) {
 	w.Helper()
 	if before != after {
-		w.Errorf("%s: what was\n%s\nis\n%s", what, before, after)
+		w.Errorf("%s (-before +after):\n%s", what, cmp.Diff(strings.Split(before, "\n"), strings.Split(after, "\n")))
 	}
 }
 
@@ -279,6 +296,7 @@ func (w *world) checkFamilies(families []int, flows ...flow) {
 		if m == nil {
 			w.Fatalf("not a flow: %q", f.text)
 		}
+		var both sync.WaitGroup
 		for _, i := range families {
 			family := rules.Families()[i]
 			n, uid := w.Host, uint32(0)
@@ -311,19 +329,20 @@ func (w *world) checkFamilies(families []int, flows ...flow) {
 			if m[3] != "" {
 				network = "udp"
 			}
-			seen, err := w.Dial(n, uid, network, src, dst)
-			if err != nil {
-				w.Errorf("%s %s, %s: %v", f.row, family, f.text, err)
-				continue
-			}
 			meant := dst
 			if m[7] != "" {
 				meant = place(m[7], m[8])
 			}
-			if seen.Who != m[6] || seen.Original.IsValid() && network == "tcp" && seen.Original != meant {
-				w.Errorf("%s %s, %s: answered by %s", f.row, family, f.text, seen)
-			}
+			both.Go(func() {
+				seen, err := w.Dial(n, uid, network, src, dst)
+				if err != nil {
+					w.Errorf("%s %s, %s: %v", f.row, family, f.text, err)
+				} else if seen.Who != m[6] || seen.Original.IsValid() && network == "tcp" && seen.Original != meant {
+					w.Errorf("%s %s, %s: answered by %s", f.row, family, f.text, seen)
+				}
+			})
 		}
+		both.Wait()
 	}
 }
 

@@ -99,7 +99,7 @@ func (s *session) failure(ctx context.Context, step string, f rules.Family, v tp
 		e.Err = errors.New("killed by a signal")
 	}
 	lines := bytes.Split(script, []byte("\n"))
-	if m := failedLine.FindStringSubmatch(e.Stderr); m != nil {
+	if m := failedLine.FindStringSubmatch(e.Stderr); m != nil && script != nil {
 		if n, err := strconv.Atoi(m[1]); err == nil && n >= 1 && n <= len(lines) {
 			e.Line, e.Rule = n, string(lines[n-1])
 			for _, l := range lines[:n] {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
@@ -13,9 +14,11 @@ import (
 // microsecond or two for the rules of a default plan; where the way does not
 // matter, Decide is cheaper.
 func Walk(set rules.Set, env Env, p Packet) Trace {
-	t := Trace{Packet: p}
+	t := Trace{Packet: p, Steps: make([]Step, 0, 12)} // as many as our rules want
 	w := walker{set: &set, env: env, p: p, trace: &t}
-	t.Verdict = w.walk()
+	if t.Verdict = w.walk(); len(t.Steps) == 0 {
+		t.Steps = nil
+	}
 	if t.Reason == "" {
 		switch step, ok := t.Deciding(); {
 		case ok:
@@ -413,13 +416,13 @@ func (w *walker) not(m rules.Match) string {
 	case rules.Destination:
 		return w.notIn("destination", m.Prefixes, m.Not, w.p.Destination.Addr())
 	case rules.InInterface:
-		return fmt.Sprintf("the interface it comes in through %s %s", is(m.Not), m.Name)
+		return "the interface it comes in through " + is(m.Not) + " " + m.Name
 	case rules.OutInterface:
-		return fmt.Sprintf("the interface it leaves through %s %s", is(m.Not), m.Name)
+		return "the interface it leaves through " + is(m.Not) + " " + m.Name
 	case rules.SourcePorts:
 		return fmt.Sprintf("source port %d is not one of the rule's", w.p.Source.Port())
 	case rules.DestinationPorts:
-		return fmt.Sprintf("port %d %s one of the rule's", w.p.Destination.Port(), is(m.Not))
+		return "port " + strconv.Itoa(int(w.p.Destination.Port())) + " " + is(m.Not) + " one of the rule's"
 	case rules.DestinationLocal:
 		return fmt.Sprintf("%s %s an address of this host", w.p.Destination.Addr(), is(m.Not))
 	case rules.OwnerUID:
@@ -434,13 +437,13 @@ func (w *walker) not(m rules.Match) string {
 
 func (w *walker) notIn(what string, ps []netip.Prefix, not bool, a netip.Addr) string {
 	if not {
-		return fmt.Sprintf("%s %s is excepted", what, a)
+		return what + " " + a.String() + " is excepted"
 	}
 	if !slices.ContainsFunc(ps, func(p netip.Prefix) bool { return p.Addr().Is4() == (w.family == rules.IPv4) }) {
 		return fmt.Sprintf("the rule has no %s address", w.family)
 	}
 	if len(ps) == 1 {
-		return fmt.Sprintf("%s %s is not in %s", what, a, ps[0])
+		return what + " " + a.String() + " is not in " + ps[0].String()
 	}
 	return fmt.Sprintf("%s %s is in none of %d prefixes", what, a, len(ps))
 }
@@ -452,7 +455,7 @@ func (w *walker) notOwner(what string, ids rules.UIDs, not bool, id uint32) stri
 	case not:
 		return fmt.Sprintf("%s %d is excepted", what, id)
 	}
-	return fmt.Sprintf("%s %d is not %s", what, id, ids)
+	return what + " " + strconv.FormatUint(uint64(id), 10) + " is not " + ids.String()
 }
 
 // cannot says why it cannot be told whether a match holds.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"syscall"
+	"time"
 )
 
 const (
@@ -33,6 +34,9 @@ func AddLoopbackAddress(p netip.Prefix) (added bool, err error) {
 	err = change(syscall.NETLINK_ROUTE, syscall.RTM_NEWADDR, syscall.NLM_F_CREATE|syscall.NLM_F_EXCL, body)
 	switch {
 	case err == nil:
+		if p.Addr().Is6() {
+			awaitLocalRoute(p.Addr())
+		}
 		return true, nil
 	case errors.Is(err, syscall.EEXIST):
 		return false, nil
@@ -42,6 +46,42 @@ func AddLoopbackAddress(p netip.Prefix) (added bool, err error) {
 		err = fmt.Errorf("IPv6 is off on lo: %w", errors.ErrUnsupported)
 	}
 	return false, fmt.Errorf("add %s to lo: %w", p, err)
+}
+
+// routeWait is longer than the kernel's work queue ever takes.
+const routeWait = time.Second
+
+// awaitLocalRoute waits until the kernel delivers packets to an IPv6 address that
+// was added: it says yes first and makes the route later, from a work queue
+// (addrconf_dad_start, net/ipv6/addrconf.c). In between, one time in eight on
+// kernel 6.18, an answer to the address leaves by the default route. That the
+// route does not come is no error: the address is there.
+func awaitLocalRoute(addr netip.Addr) {
+	body := make([]byte, syscall.SizeofRtMsg)
+	body[0], body[1] = syscall.AF_INET6, 128
+	body = appendAttr(body, syscall.RTA_DST, addr.AsSlice())
+	for deadline := time.Now().Add(routeWait); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		if local, err := isLocalRoute(body); local || errors.Is(err, syscall.EPERM) {
+			return
+		}
+	}
+}
+
+// isLocalRoute asks for the one route that a packet would take (rtnetlink(7)).
+func isLocalRoute(body []byte) (local bool, err error) {
+	n, err := openNetlink(syscall.NETLINK_ROUTE)
+	if err != nil {
+		return false, err
+	}
+	defer n.close()
+	if err := n.send(syscall.RTM_GETROUTE, 0, body); err != nil {
+		return false, err
+	}
+	_, err = n.receive(func(body []byte) bool {
+		local = len(body) >= syscall.SizeofRtMsg && body[7] == syscall.RTN_LOCAL // rtm_type
+		return false
+	})
+	return local, err
 }
 
 // DelLoopbackAddress takes an address off lo of the calling thread's network

@@ -711,3 +711,28 @@ func TestAttributesOfBrokenMessages(t *testing.T) {
 		t.Error("an address without an address")
 	}
 }
+
+// The address works as soon as it is there: packets to it are delivered, and do
+// not leave by the default route.
+func TestAddressHasItsRouteAtOnce(t *testing.T) {
+	inFreshNamespace(t, func(t *testing.T) {
+		run(t, "", "ip", "link", "set", "lo", "up")
+		p := netip.MustParsePrefix("::6/128")
+		for range 200 {
+			if added, err := AddLoopbackAddress(p); err != nil || !added {
+				t.Errorf("AddLoopbackAddress: %v, %v", added, err)
+				return
+			}
+			body := make([]byte, syscall.SizeofRtMsg)
+			body[0], body[1] = syscall.AF_INET6, 128
+			if local, err := isLocalRoute(appendAttr(body, syscall.RTA_DST, p.Addr().AsSlice())); err != nil || !local {
+				t.Errorf("local route %v, %v", local, err)
+				return
+			}
+			if _, err := DelLoopbackAddress(p); err != nil {
+				t.Errorf("DelLoopbackAddress: %v", err)
+				return
+			}
+		}
+	})
+}
