@@ -2,6 +2,7 @@ package cli
 
 import (
 	"fmt"
+	"strings"
 
 	"github.com/spf13/cobra"
 )
@@ -36,11 +37,12 @@ func group(use, short string) *cobra.Command {
 			if len(args) == 0 {
 				return cmd.Help()
 			}
-			line := fmt.Sprintf("unknown command %q for %q", args[0], cmd.CommandPath())
+			var line strings.Builder
+			line.WriteString(fmt.Sprintf("unknown command %q for %q", args[0], cmd.CommandPath()))
 			for _, s := range cmd.SuggestionsFor(args[0]) {
-				line += fmt.Sprintf(": did you mean %s", s)
+				line.WriteString(fmt.Sprintf(": did you mean %s", s))
 			}
-			return &usageError{[]string{line}}
+			return &usageError{[]string{line.String()}}
 		},
 	}
 	usageErrors(cmd)

@@ -149,7 +149,7 @@ func TestExpectIsIndependent(t *testing.T) {
 			}
 		case *ast.SelectorExpr:
 			x, pkg := fn.X.(*ast.Ident)
-			if pkg && (x.Name == "netip" || x.Name == "strconv") {
+			if pkg && (x.Name == "netip" || x.Name == "slices" || x.Name == "strconv") {
 				return true
 			}
 			if pkg && slices.Contains([]string{"tproxy", "rules", "sim"}, x.Name) || !slices.Contains(methods, fn.Sel.Name) {

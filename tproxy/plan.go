@@ -187,7 +187,7 @@ func ReadRecord(ours rules.Set) (rec Record, ok bool) {
 			continue
 		}
 		ok = true
-		for _, word := range strings.Fields(rest) {
+		for word := range strings.FieldsSeq(rest) {
 			rec.PassthroughAddressOurs = rec.PassthroughAddressOurs || word == recordAddress
 		}
 	}

@@ -19,14 +19,16 @@ const Patience = time.Second
 
 // What becomes of a flow that nobody answers, in Seen.Who.
 const (
-	Refused = "refused" // a TCP reset, or ICMP says that nobody is there
-	Timeout = "timeout"
-	Closed  = "closed" // accepted, and closed without a word
+	Refused  = "refused"  // a TCP reset, or ICMP says that nobody listens there
+	Rejected = "rejected" // ICMP says that there is no way, or that it is prohibited
+	Timeout  = "timeout"
+	Closed   = "closed" // accepted, and closed without a word
 )
 
 // Seen is what became of a flow.
 type Seen struct {
-	// Who is the name of the server that answered, or Refused, Timeout, Closed.
+	// Who is the name of the server that answered, or Refused, Rejected, Timeout,
+	// Closed.
 	Who string
 	// Original is the destination that the client meant, as the server's kernel
 	// has it (SO_ORIGINAL_DST); for UDP the address that the server listens at.
@@ -227,6 +229,8 @@ func outcome(s Seen, err error) (Seen, error) {
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		s.Who = Refused
+	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EACCES):
+		s.Who = Rejected
 	case ok && timeout.Timeout():
 		s.Who = Timeout
 	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):

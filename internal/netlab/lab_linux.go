@@ -5,13 +5,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	osexec "os/exec"
+	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // The addresses of the lab.
@@ -83,11 +87,45 @@ func New(ctx context.Context) (*Lab, error) {
 	if err == nil {
 		err = l.ip(ctx, l.Host, "route add default via 10.0.0.1", "route add default via fd00::1")
 	}
+	if err == nil {
+		err = errors.Join(l.settled(l.Host), l.settled(l.Client))
+	}
 	if err != nil {
 		l.Close()
 		return nil, err
 	}
 	return l, nil
+}
+
+// settled waits for what the kernel does a little later than it says: the address
+// of the link, and the routes to IPv6 addresses (addrconf_dad_start,
+// net/ipv6/addrconf.c).
+func (l *Lab) settled(n *Namespace) error {
+	return l.In(n, func() error {
+		for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+			addresses, err := os.ReadFile("/proc/thread-self/net/if_inet6")
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil // there is no IPv6
+			}
+			routes, err2 := os.ReadFile("/proc/thread-self/net/ipv6_route")
+			if err = errors.Join(err, err2); err != nil {
+				return err
+			}
+			local := 0
+			for line := range bytes.Lines(routes) {
+				// RTF_LOCAL (linux/ipv6_route.h) is the highest bit of the flags.
+				if f := bytes.Fields(line); len(f) > 8 && f[8][0] >= '8' {
+					local++
+				}
+			}
+			if bytes.Contains(addresses, []byte("fe80")) && local >= bytes.Count(addresses, []byte("\n")) {
+				return nil
+			}
+			if time.Now().After(deadline) {
+				return fmt.Errorf("IPv6 of %s does not settle:\n%s%s", n, addresses, routes)
+			}
+		}
+	})
 }
 
 // AddContainer puts a container behind a bridge of the host, as Docker does, and
@@ -119,18 +157,47 @@ func (l *Lab) AddContainer(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	return nil
+	return errors.Join(l.settled(l.Host), l.settled(l.Container))
 }
 
-// Close ends every server of the lab and lets go of its namespaces. What was
-// started in them besides is the caller's to end.
+// Close ends every server of the lab and every process that was started in its
+// namespaces, and lets go of them.
 func (l *Lab) Close() {
+	for _, n := range []*Namespace{l.Host, l.Client, l.Container} {
+		if n != nil {
+			l.end(n)
+		}
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for i := len(l.closers) - 1; i >= 0; i-- {
 		l.closers[i]()
 	}
 	l.closers = nil
+}
+
+// end kills the processes in the namespace, other than this one. What they start
+// meanwhile is there at the next look.
+func (l *Lab) end(n *Namespace) {
+	var here string
+	if l.In(n, func() (err error) { here, err = os.Readlink("/proc/thread-self/ns/net"); return err }) != nil {
+		return // closed already
+	}
+	for range 10 {
+		found := false
+		links, _ := filepath.Glob("/proc/[0-9]*/ns/net")
+		for _, link := range links {
+			pid, err := strconv.Atoi(strings.Split(link, "/")[2])
+			if there, _ := os.Readlink(link); there != here || err != nil || pid == os.Getpid() {
+				continue
+			}
+			found = syscall.Kill(pid, syscall.SIGKILL) == nil || found
+		}
+		if !found {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
 
 func (l *Lab) onClose(f func()) {
@@ -217,6 +284,10 @@ func As(uid, gid uint32, f func() error) error {
 	}
 	return f()
 }
+
+// HasUID reports whether the user exists in this user namespace, so that rules can
+// name it and sockets be its own.
+func HasUID(uid uint32) bool { return As(uid, 0, func() error { return nil }) == nil }
 
 // setfsid is setfsuid(2), which tells of failure only when it is asked what it did.
 func setfsid(uid, gid uint32) bool {

@@ -3,6 +3,7 @@ package netlab_test
 import (
 	"net/netip"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 
@@ -108,5 +109,21 @@ func TestNothingOfTheMachineIsInReach(t *testing.T) {
 	links, err := os.ReadFile("/proc/thread-self/net/dev")
 	if err != nil || strings.Contains(string(links), "eth0") {
 		t.Errorf("interfaces: %s, %v", links, err)
+	}
+}
+
+func TestCloseEndsWhatWasStarted(t *testing.T) {
+	netlab.Require(t, "ip", "sh", "sleep")
+	l, err := netlab.New(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sh", "-c", "sleep 60 & sleep 60")
+	if err := l.In(l.Host, cmd.Start); err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	if err := cmd.Wait(); err == nil || !strings.Contains(err.Error(), "killed") {
+		t.Errorf("Wait: %v", err)
 	}
 }

@@ -63,8 +63,8 @@ func newFakeMachineAt(proc string) *fakeMachine {
 			f = rules.IPv6
 		}
 		g := p + "-save v1.8.9 (nf_tables)"
-		if strings.HasSuffix(p, "-legacy") {
-			g = strings.TrimSuffix(p, "-legacy") + "-save v1.8.9"
+		if before, ok := strings.CutSuffix(p, "-legacy"); ok {
+			g = before + "-save v1.8.9"
 		}
 		m.netfilter[p] = &tproxytest.Netfilter{Family: f, Generator: g}
 	}

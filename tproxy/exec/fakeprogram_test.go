@@ -165,6 +165,7 @@ func newFakeHost(t *testing.T, prefixes ...string) *fakeHost {
 	}
 	t.Setenv(fakeDir, h.dir)
 	t.Setenv("PATH", h.bin)
+	t.Setenv("GORACE", "atexit_sleep_ms=0") // with -race each process would sleep a second at its end
 	dirs := programDirs
 	programDirs = nil
 	t.Cleanup(func() { programDirs = dirs })

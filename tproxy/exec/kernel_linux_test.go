@@ -266,6 +266,14 @@ var places = map[string][2]netip.Addr{
 	"passthrough": {netip.MustParseAddr("127.0.0.6"), netip.MustParseAddr("::6")},
 }
 
+// uid is the user, or, without root, one that the user namespace has.
+func (w *world) uid(u uint32) uint32 {
+	if netlab.HasUID(u) {
+		return u
+	}
+	return 50000 + u%1000
+}
+
 // prefixes are the addresses of the places as lists for a Config.
 func prefixes(names ...string) (out []netip.Prefix) {
 	for _, n := range names {
@@ -309,6 +317,7 @@ func (w *world) checkFamilies(families []int, flows ...flow) {
 				if _, err := fmt.Sscan(m[1], &uid); err != nil {
 					w.Fatalf("not a flow: %q", f.text)
 				}
+				uid = w.uid(uid)
 			}
 			place := func(name, port string) netip.AddrPort {
 				a, ok := places[name]
@@ -453,6 +462,7 @@ func TestEachRowOfTheContract(t *testing.T) {
 			{"C1", "5678 udp internet:53 => resolver"},
 			{"C3", "1000 udp internet:53 => dns"},
 			{"C3", "0 udp resolver:53 => dns"},
+			{"C3", "1000 udp loopback:53 => dns"},
 			{"C", "1000 udp resolver:5353 => resolver"},
 		}, nil, nil},
 		{"all DNS in the one zone", func(*world) tproxy.Config {
@@ -462,6 +472,12 @@ func TestEachRowOfTheContract(t *testing.T) {
 			{"C1", "5678 udp internet:53 => resolver"},
 			{"C3", "1000 udp internet:53 => dns"},
 		}, nil, nil},
+		{"own address excluded", func(*world) tproxy.Config {
+			return tproxy.Config{Inbound: tproxy.Inbound{ExcludeIPs: prefixes("host")}}
+		}, []flow{
+			{"B2 as A2", "5678 host:80 => app"},
+			{"A5", "outside host:80 => in"},
+		}, nil, nil},
 		{"SSH asked for", func(*world) tproxy.Config { return tproxy.Config{Inbound: tproxy.Inbound{CaptureSSH: true}} }, []flow{
 			{"A5", "outside host:22 => in"},
 			{"B2 as A5", "5678 host:22 => in"},
@@ -469,8 +485,8 @@ func TestEachRowOfTheContract(t *testing.T) {
 		{"a pod", func(*world) tproxy.Config { return tproxy.Config{Pod: true} }, []flow{
 			{"A3", "outside host:22 => in"},
 		}, nil, nil},
-		{"other ports and users", func(*world) tproxy.Config {
-			return tproxy.Config{ProxyUIDs: []tproxy.UID{1000680000, 5678, 0}, Inbound: tproxy.Inbound{Port: 15001}, Outbound: tproxy.Outbound{Port: 15006}}
+		{"other ports and users", func(w *world) tproxy.Config {
+			return tproxy.Config{ProxyUIDs: []tproxy.UID{w.uid(1000680000), 5678, 0}, Inbound: tproxy.Inbound{Port: 15001}, Outbound: tproxy.Outbound{Port: 15006}}
 		}, []flow{
 			{"A5", "outside host:80 => out for host:80"}, // the listener's name is its port's
 			{"B3", "1000680000 internet:80 => remote"},
@@ -584,7 +600,7 @@ func TestProxyReachesTheLocalResolverOverTCP(t *testing.T) {
 	})
 }
 
-// K11: more ports than a multiport match takes, for some users.
+// K9, K11: more ports than a multiport match takes, for a user beyond 65535.
 func TestUserExcludedFromTwentyPorts(t *testing.T) {
 	eachVariant(t, func(w *world) {
 		var ports []string
@@ -599,7 +615,7 @@ func TestUserExcludedFromTwentyPorts(t *testing.T) {
 		}
 		w.proxy(netlab.Answer)
 		w.install(tproxy.Config{Outbound: tproxy.Outbound{ExcludePortsForUIDs: []tproxy.UIDExclusion{
-			{Protocol: rules.TCP, Ports: rules.MustPorts(strings.Join(ports, ",")), UIDs: rules.MustUIDs("1000680000")}}}})
+			{Protocol: rules.TCP, Ports: rules.MustPorts(strings.Join(ports, ",")), UIDs: rules.UIDsOf(w.uid(1000680000))}}}})
 		w.check(flows...)
 	})
 }
@@ -658,7 +674,8 @@ func (w *world) forwarded(flows []flow) (out []string) {
 	w.Helper()
 	for _, f := range flows {
 		m := flowText.FindStringSubmatch(f.text)
-		line := f.text + ":"
+		var line strings.Builder
+		line.WriteString(f.text + ":")
 		for i := range 2 {
 			n, network := w.Client, "tcp"
 			if m[1] == "container" {
@@ -673,9 +690,9 @@ func (w *world) forwarded(flows []flow) (out []string) {
 			if err != nil {
 				w.Fatal(err)
 			}
-			line += " " + seen.Who
+			line.WriteString(" " + seen.Who)
 		}
-		out = append(out, line)
+		out = append(out, line.String())
 	}
 	return out
 }

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
@@ -84,6 +85,10 @@ func (system) run(ctx context.Context, c command) (result, error) {
 	}
 	// iptables says what it says in English and writes numbers as C does.
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	// An interrupt at the terminal is for us, who look at it between steps: the
+	// child writes what it writes whole.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.WaitDelay = time.Second
 	err := cmd.Run()
 	r := result{out.Bytes(), bytes.TrimSpace(errOut.Bytes()), cmd.ProcessState.ExitCode()}
 	if _, exited := errors.AsType[*osexec.ExitError](err); exited {

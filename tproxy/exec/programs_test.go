@@ -2,6 +2,7 @@ package exec
 
 import (
 	"context"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -67,9 +68,7 @@ func version(text string, prefixes ...string) map[string]result {
 func union[V any](ms ...map[string]V) map[string]V {
 	out := make(map[string]V)
 	for _, m := range ms {
-		for k, v := range m {
-			out[k] = v
-		}
+		maps.Copy(out, m)
 	}
 	return out
 }

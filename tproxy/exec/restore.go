@@ -138,12 +138,22 @@ func (s *session) diagnose(e *ApplyError, v tproxy.Variant, script []byte) {
 	case says("Permission denied", "you must be root", "Operation not permitted"):
 		cause(ErrNotRoot)
 		e.Remedy = "run as root, or with CAP_NET_ADMIN and CAP_NET_RAW; if you did, a security module (SELinux, seccomp) denies it: see its log"
+	case says("Invalid argument") && strings.Contains(e.Rule, "--uid-owner") && s.mapsUIDs():
+		e.Remedy = "this is a user namespace, where rules can name only the UIDs that it has: see /proc/self/uid_map"
 	case says("missing kernel module", "do you need to insmod", "No chain/target/match by that name", "Couldn't load match", "Couldn't load target", "Extension ", "(No such file or directory)", "Could not fetch rule set generation id", "Failed to initialize nft", "Protocol not supported"):
 		cause(ErrNoModule)
 		e.Remedy = remedyFor(v.Backend, e, script)
 	case says("--wait") && says("unrecognized option", "unknown option"):
 		e.Remedy = "this iptables is too old: iptables-restore has --wait since 1.6.2"
 	}
+}
+
+// mapsUIDs reports whether this is a user namespace with some UIDs only
+// (user_namespaces(7)).
+func (s *session) mapsUIDs() bool {
+	text, err := s.m.readFile("/proc/self/uid_map")
+	f := strings.Fields(string(text))
+	return err == nil && (len(f) != 3 || f[0] != "0" || f[2] != "4294967295")
 }
 
 // modules are the kernel modules behind what a rule says, in the order in which

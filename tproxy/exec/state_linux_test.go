@@ -28,10 +28,10 @@ func (w *world) some() []tproxy.Config {
 	return []tproxy.Config{
 		{},
 		{
-			ProxyUIDs: []tproxy.UID{5678, 1000680000},
+			ProxyUIDs: []tproxy.UID{5678, w.uid(1000680000)},
 			Inbound:   tproxy.Inbound{ExcludePorts: rules.MustPorts("1-20,30,40,50,60,70,80,90,100,110,120,130,140,150,160,65535"), ExcludeIPs: prefixes("internet", "client")},
 			Outbound: tproxy.Outbound{ExcludePorts: rules.MustPorts("8443"), ExcludeIPs: prefixes("client"), ExcludePortsForUIDs: []tproxy.UIDExclusion{
-				{Protocol: rules.TCP, Ports: rules.MustPorts("1-10,443"), UIDs: rules.MustUIDs("1000-2000,4294967294")}, {UIDs: rules.MustUIDs("33")}}},
+				{Protocol: rules.TCP, Ports: rules.MustPorts("1-10,443"), UIDs: rules.MustUIDs("1000-2000").Union(rules.UIDsOf(w.uid(rules.MaxUID)))}, {UIDs: rules.MustUIDs("33")}}},
 			DNS: tproxy.DNS{Redirect: true, ResolvConf: w.resolvConf(netlab.Resolver4, netlab.Resolver6)},
 		},
 		{DisableComments: true, DNS: tproxy.DNS{CaptureAll: true}, Inbound: tproxy.Inbound{Off: true}},

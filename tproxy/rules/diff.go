@@ -7,7 +7,7 @@ import (
 )
 
 // Equal reports whether two rules are the same rule: matches, action and Why.
-// Counters do not count, nor does Record, which the kernel does not keep.
+// At and Counter do not count, nor does Record, which the kernel does not keep.
 func (r Rule) Equal(q Rule) bool {
 	return r.Why == q.Why && r.Action == q.Action && slices.EqualFunc(r.Matches, q.Matches, sameMatch)
 }

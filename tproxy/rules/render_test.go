@@ -48,12 +48,13 @@ func TestRenderRules(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s := Set{Chains: []Chain{{Table: NAT, Name: "A"}, {Table: NAT, Name: "B", Rules: []Rule{test.rule}}}}
-			want := "*nat\n:A - [0:0]\n:B - [0:0]\n"
+			var want strings.Builder
+			want.WriteString("*nat\n:A - [0:0]\n:B - [0:0]\n")
 			for line := range strings.SplitSeq(test.want, "|") {
-				want += strings.TrimSpace("-A B "+line) + "\n"
+				want.WriteString(strings.TrimSpace("-A B "+line) + "\n")
 			}
-			if got := string(s.IPTables(IPv4)); got != want+"COMMIT\n" {
-				t.Errorf("got %s, want %s", got, want)
+			if got := string(s.IPTables(IPv4)); got != want.String()+"COMMIT\n" {
+				t.Errorf("got %s, want %s", got, want.String())
 			}
 		})
 	}

@@ -119,6 +119,10 @@ type Rule struct {
 	// Record marks a rule whose Why is data that has to be found again: it is
 	// rendered even where comments are switched off.
 	Record bool
+	// At is where Ours found the rule in its base chain, from 1, the rules of
+	// others counted; Transition puts a rule back in that place. It is not part
+	// of a rule's identity.
+	At int
 	// Counter is what the kernel counted, where ParseSave was given counters.
 	// It is not part of a rule's identity.
 	Counter Counter

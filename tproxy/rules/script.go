@@ -3,6 +3,7 @@ package rules
 import (
 	"fmt"
 	"slices"
+	"strconv"
 )
 
 // Reference is a foreign rule that jumps to a chain of ours.
@@ -32,6 +33,7 @@ func (live Set) Ours(f Family, known Set) (ours Set, references []Reference) {
 		for i, r := range c.Rules {
 			switch {
 			case slices.ContainsFunc(k.Rules, func(q Rule) bool { q.Why = r.Why; return q.Equal(r) }):
+				r.At = i + 1
 				mine.Rules = append(mine.Rules, r)
 			case r.Target() != "":
 				if _, ok := known.Chain(c.Table, r.Target()); ok {
@@ -112,25 +114,15 @@ func appendTransition(b []byte, t Table, ours, want Set) []byte {
 		}
 	}
 	for _, l := range ours.Bases {
-		if l.Table != t {
-			continue
-		}
-		w, _ := want.Base(t, l.Hook)
-		spare := count(w.Rules)
-		for _, r := range l.Rules {
-			if !spare.take(r) {
-				b = ours.appendLine(b, "-D ", string(l.Hook), &r)
-			}
+		if _, ok := want.Base(t, l.Hook); l.Table == t && !ok {
+			b = appendJumps(b, ours, want, l, BaseChain{Table: t, Hook: l.Hook})
 		}
 	}
 	for _, w := range want.Bases {
-		if w.Table != t {
-			continue
+		if w.Table == t {
+			l, _ := ours.Base(t, w.Hook)
+			b = appendJumps(b, ours, want, l, w)
 		}
-		l, _ := ours.Base(t, w.Hook)
-		there := count(l.Rules)
-		w.Rules = slices.DeleteFunc(slices.Clone(w.Rules), there.take)
-		b = want.appendBase(b, w, w.Rules)
 	}
 	for _, c := range refill {
 		for i := range c.Rules {
@@ -144,4 +136,112 @@ func appendTransition(b []byte, t Table, ours, want Set) []byte {
 		return b[:start]
 	}
 	return append(b, "COMMIT\n"...)
+}
+
+// appendJumps appends the lines that turn our rules of a base chain into the
+// wanted ones. A rule that is right stays; one that takes another's place is
+// inserted where that one stands, and one that was there before (see Rule.At)
+// where it stood, so that others' rules keep their place in front of ours and
+// behind.
+func appendJumps(b []byte, ours, want Set, live, w BaseChain) []byte {
+	hook := string(w.Hook)
+	inserts, gone, ok := moves(live.Rules, w)
+	if !ok {
+		// No such moves give the wanted order: all are deleted, and made anew.
+		for i := range live.Rules {
+			b = ours.appendLine(b, "-D ", hook, &live.Rules[i])
+		}
+		inserts, gone = nil, nil
+		for i, r := range w.Rules {
+			inserts = append(inserts, insert{r, i + 1})
+		}
+		if w.Place == Last {
+			for i := range inserts {
+				inserts[i].at = 0
+			}
+		}
+	}
+	for _, in := range inserts {
+		if in.at == 0 {
+			b = want.appendLine(b, "-A ", hook, &in.rule)
+		} else {
+			b = want.appendLine(b, "-I ", hook+" "+strconv.Itoa(in.at), &in.rule)
+		}
+	}
+	for i := range gone {
+		b = ours.appendLine(b, "-D ", hook, &gone[i])
+	}
+	return b
+}
+
+// insert is a rule that goes in at a place, counted from 1 when its turn has
+// come; 0 is the end.
+type insert struct {
+	rule Rule
+	at   int
+}
+
+// moves finds the rules to insert and those to delete afterwards. ok is false
+// where the outcome would not be in the wanted order.
+func moves(live []Rule, w BaseChain) (inserts []insert, gone []Rule, ok bool) {
+	type place struct {
+		rule Rule
+		at   int
+		gone bool
+	}
+	var now []place // in the order of the chain
+	spare := count(w.Rules)
+	for i, r := range live {
+		at := r.At
+		if at == 0 {
+			at = i + 1
+		}
+		stays := spare.take(r)
+		if !stays {
+			// -D deletes the first rule that is equal: it must not be one that
+			// stays.
+			if slices.ContainsFunc(now, func(p place) bool { return !p.gone && p.rule.Equal(r) }) {
+				return nil, nil, false
+			}
+			gone = append(gone, r)
+		}
+		now = append(now, place{r, at, !stays})
+	}
+	there := count(live)
+	for i, r := range w.Rules {
+		if there.take(r) {
+			continue
+		}
+		at := r.At
+		if j := slices.IndexFunc(now, func(p place) bool { return p.gone && p.rule.Target() == r.Target() }); j >= 0 && at == 0 {
+			at = now[j].at
+		}
+		if j := slices.IndexFunc(now, func(p place) bool { return i+1 < len(w.Rules) && p.rule.Equal(w.Rules[i+1]) }); j >= 0 && at == 0 {
+			at = now[j].at
+		}
+		if j := slices.IndexFunc(now, func(p place) bool { return i > 0 && p.rule.Equal(w.Rules[i-1]) }); j >= 0 && at == 0 {
+			at = now[j].at + 1
+		}
+		if at == 0 && w.Place == First {
+			at = 1
+		}
+		inserts = append(inserts, insert{r, at})
+		for j := range now {
+			if at > 0 && now[j].at >= at {
+				now[j].at++
+			}
+		}
+		if at == 0 {
+			at = 1<<31 - 1
+		}
+		now = append(now, place{r, at, false})
+		slices.SortStableFunc(now, func(a, b place) int { return a.at - b.at })
+	}
+	var after []Rule
+	for _, p := range now {
+		if !p.gone {
+			after = append(after, p.rule)
+		}
+	}
+	return inserts, gone, slices.EqualFunc(after, w.Rules, Rule.Equal)
 }

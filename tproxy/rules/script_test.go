@@ -272,3 +272,88 @@ func TestCompareNamesEveryKindOfChange(t *testing.T) {
 		}
 	}
 }
+
+// TestTransitionMendsAnyOrder: jumps that were deleted, doubled, swapped or
+// moved among foreign rules come out as wanted, in one script.
+func TestTransitionMendsAnyOrder(t *testing.T) {
+	plan, err := tproxy.Build(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}}, tproxy.Host{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	bare, err := tproxy.Build(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}, DisableComments: true}, tproxy.Host{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	output, _ := plan.Rules.Base(rules.NAT, rules.Output)
+	rapid.Check(t, func(t *rapid.T) {
+		n := &tproxytest.Netfilter{Family: rules.IPv4}
+		if err := n.Restore([]byte(foreignRules), nil); err != nil {
+			t.Fatalf("foreign rules: %v", err)
+		}
+		if err := n.Restore(rules.Transition(rules.IPv4, rules.Set{}, plan.Rules), nil); err != nil {
+			t.Fatalf("install: %v", err)
+		}
+		_, foreign := read(t, n)
+		for range rapid.IntRange(1, 5).Draw(t, "edits") {
+			r := rapid.SampledFrom(output.Rules).Draw(t, "rule")
+			edit := "*nat\n-D OUTPUT " + r.String() + "\nCOMMIT\n"
+			if rapid.Bool().Draw(t, "insert") {
+				edit = fmt.Sprintf("*nat\n-I OUTPUT %d %s\nCOMMIT\n", rapid.IntRange(1, 3).Draw(t, "at"), r)
+			}
+			n.Restore([]byte(edit), nil) // a rule that is not there is not deleted
+		}
+		want := rapid.SampledFrom([]rules.Set{plan.Rules, bare.Rules}).Draw(t, "want")
+		ours, _ := read(t, n)
+		script := rules.Transition(rules.IPv4, ours, want)
+		if err := n.Restore(script, nil); err != nil {
+			t.Fatalf("%v\n%s", err, script)
+		}
+		ours, now := read(t, n)
+		if changes := rules.Compare(rules.IPv4, ours, want); len(changes) > 0 || now != foreign {
+			t.Fatalf("%v\nforeign %s\nby\n%s", changes, now, script)
+		}
+	})
+}
+
+// TestTransitionKeepsThePlace: a jump that is made anew, or put back, stands
+// among foreign rules where it stood.
+func TestTransitionKeepsThePlace(t *testing.T) {
+	with := tproxy.Config{}
+	plan, err := tproxy.Build(with, tproxy.Host{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	with.DisableComments = true
+	bare, err := tproxy.Build(with, tproxy.Host{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := &tproxytest.Netfilter{Family: rules.IPv4}
+	must := func(script []byte) {
+		t.Helper()
+		if err := n.Restore(script, nil); err != nil {
+			t.Fatalf("%v\n%s", err, script)
+		}
+	}
+	must(plan.Rules.IPTables(rules.IPv4))
+	must([]byte("*nat\n-I OUTPUT 1 -p tcp -j ACCEPT\n-A OUTPUT -p udp -j ACCEPT\n-I PREROUTING 1 -p tcp -j ACCEPT\n-A PREROUTING -p udp -j ACCEPT\nCOMMIT\n"))
+	check := func(when string) {
+		t.Helper()
+		for _, h := range []rules.Hook{rules.Output, rules.Prerouting} {
+			b, _ := n.Set().Base(rules.NAT, h)
+			if len(b.Rules) != 3 || b.Rules[1].Target() == "" {
+				t.Errorf("%s: %s is %v", when, h, b.Rules)
+			}
+		}
+	}
+	check("at first")
+	before, _ := read(t, n)
+	must(rules.Transition(rules.IPv4, before, bare.Rules))
+	check("without comments")
+	now, _ := read(t, n)
+	must(rules.Transition(rules.IPv4, now, before))
+	check("put back")
+	must(rules.Transition(rules.IPv4, before, rules.Set{}))
+	must(rules.Transition(rules.IPv4, rules.Set{}, before))
+	check("put back from nothing")
+}

@@ -2,6 +2,7 @@ package tproxytest
 
 import (
 	"net/netip"
+	"slices"
 	"strconv"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
@@ -125,10 +126,8 @@ func isPassthrough(a netip.Addr) bool {
 // isProxy is the contract's word: the UID of --kuma-dp-user, by default 5678,
 // else that of the user kuma-dp.
 func isProxy(cfg tproxy.Config, host tproxy.Host, uid uint32) bool {
-	for _, u := range cfg.ProxyUIDs {
-		if u == uid {
-			return true
-		}
+	if slices.Contains(cfg.ProxyUIDs, uid) {
+		return true
 	}
 	if len(cfg.ProxyUIDs) > 0 {
 		return false

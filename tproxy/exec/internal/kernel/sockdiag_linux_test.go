@@ -42,7 +42,7 @@ func TestListeningTCP(t *testing.T) {
 			t.Fatal(err)
 		}
 		want := slices.DeleteFunc(all, func(s procfs.Socket) bool { return !s.Listening })
-		byText := func(a, b procfs.Socket) int { return slices.Compare([]byte(fmt.Sprint(a)), []byte(fmt.Sprint(b))) }
+		byText := func(a, b procfs.Socket) int { return slices.Compare(fmt.Append(nil, a), fmt.Append(nil, b)) }
 		slices.SortFunc(got, byText)
 		slices.SortFunc(want, byText)
 		if !slices.Equal(got, want) || len(got) != 4 {

@@ -1,0 +1,141 @@
+package exec_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	osexec "os/exec"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/kumahq/kuma-tproxy/internal/netlab"
+	"github.com/kumahq/kuma-tproxy/tproxy"
+)
+
+// dnsmasq starts a resolver, which ends with the lab.
+func (w *world) dnsmasq(n *netlab.Namespace, user string, at netip.AddrPort, args ...string) {
+	w.Helper()
+	cmd := osexec.Command("dnsmasq", append([]string{"--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--pid-file=", "--bind-interfaces",
+		"--cache-size=0", "--user=" + user, "--listen-address=" + at.Addr().String()}, args...)...)
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := w.In(n, cmd.Start); err != nil {
+		w.Fatal(err)
+	}
+	w.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if w.Failed() {
+			w.Logf("dnsmasq at %s said: %s", at, &said)
+		}
+	})
+	w.until(func() bool { _, err := w.query(n, 0, at); return err == nil })
+}
+
+// query asks for the address of a name and returns the answer.
+func (w *world) query(n *netlab.Namespace, uid uint32, server netip.AddrPort) (answer []byte, err error) {
+	var c net.Conn
+	err = w.In(n, func() error {
+		return netlab.As(uid, uid, func() (err error) { c, err = net.Dial("udp", server.String()); return err })
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	// RFC 1035, section 4: one question, recursion desired, kuma.io A IN.
+	question := "\x13\x37\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04kuma\x02io\x00\x00\x01\x00\x01"
+	_ = c.SetDeadline(time.Now().Add(netlab.Patience))
+	if _, err = c.Write([]byte(question)); err != nil {
+		return nil, err
+	}
+	answer = make([]byte, 1500)
+	k, err := c.Read(answer)
+	return answer[:k], err
+}
+
+var (
+	stub     = netip.MustParseAddrPort("127.0.0.53:53")
+	upstream = netip.AddrPortFrom(netlab.Resolver4, 53)
+	answered = netip.MustParseAddr("192.0.2.7")
+)
+
+// Row C2a: with a resolver on this host that the proxy forwards to, every query
+// ends: the resolver, known by its process, asks upstream past the proxy. Without
+// that row the query comes back to the resolver, which waits for itself.
+func TestLocalResolverIsNoLoop(t *testing.T) {
+	netlab.Require(t, "dnsmasq")
+	eachVariant(t, func(w *world) {
+		w.dnsmasq(w.Client, "root", upstream, "--address=/#/"+answered.String())
+		w.dnsmasq(w.Host, "nobody", stub, "--server="+upstream.Addr().String())
+		p := &netlab.Proxy{UID: proxyUID, In: 15006, Out: 15001, DNS: 15053, Mode: netlab.Pass, Upstream: stub}
+		if err := p.Start(w.Lab); err != nil {
+			w.Fatal(err)
+		}
+		ask := func(server netip.AddrPort, want int) {
+			w.Helper()
+			before := p.Queries.Count()
+			answer, err := w.query(w.Host, appUID, server)
+			if err != nil || !bytes.HasSuffix(answer, answered.AsSlice()) || p.Queries.Count()-before != want {
+				w.Errorf("query to %s: %q, %v, %d queries to the proxy; want %d", server, answer, err, p.Queries.Count()-before, want)
+			}
+		}
+		all := tproxy.Config{DNS: tproxy.DNS{CaptureAll: true, ResolvConf: w.resolvConf(stub.Addr())}}
+		w.install(all)
+		ask(upstream, 1)
+		ask(stub, 1)
+		some := tproxy.Config{DNS: tproxy.DNS{Redirect: true, ResolvConf: w.resolvConf(stub.Addr(), upstream.Addr())}}
+		w.install(some)
+		ask(upstream, 1)
+		ask(stub, 1)
+
+		plan, err := w.plan(all)
+		if err != nil {
+			w.Fatal(err)
+		}
+		h := plan.Host
+		if len(h.LocalResolvers) != 1 || h.LocalResolvers[0].Program != "dnsmasq" || h.LocalResolvers[0].UID == 0 {
+			w.Errorf("local resolvers %v", h.LocalResolvers)
+		}
+		h.LocalResolvers = nil
+		looping, err := tproxy.Build(all, h)
+		if err != nil {
+			w.Fatal(err)
+		}
+		if _, err := w.apply(looping); err != nil {
+			w.Fatal(err)
+		}
+		before := p.Queries.Count()
+		if answer, err := w.query(w.Host, appUID, stub); err == nil || p.Queries.Count()-before < 2 {
+			w.Errorf("without C2a: answer %q after %d queries to the proxy: the test shows nothing", answer, p.Queries.Count()-before)
+		}
+	})
+}
+
+// A resolver that runs as root cannot be told apart from the rest.
+func TestLocalResolverOfRootIsRefused(t *testing.T) {
+	netlab.Require(t, "dnsmasq")
+	w := newWorld(t, tproxy.IPTablesNFT)
+	w.dnsmasq(w.Host, "root", stub, "--address=/#/"+answered.String())
+	for _, c := range []tproxy.DNS{
+		{CaptureAll: true, ResolvConf: w.resolvConf(stub.Addr())},
+		{Redirect: true, ResolvConf: w.resolvConf(stub.Addr(), upstream.Addr())},
+	} {
+		_, err := w.plan(tproxy.Config{DNS: c})
+		if _, ok := errors.AsType[*tproxy.RefusedError](err); !ok || !strings.Contains(err.Error(), "dnsmasq") || !strings.Contains(err.Error(), "127.0.0.53") {
+			w.Errorf("%+v: %v", c, err)
+		}
+	}
+	p, err := w.plan(tproxy.Config{DNS: tproxy.DNS{Redirect: true, ResolvConf: w.resolvConf(stub.Addr())}})
+	if err != nil || !slices.ContainsFunc(p.Notes, func(n string) bool { return strings.Contains(n, "root") }) {
+		w.Errorf("the only nameserver: %v, %v", p, err)
+	}
+	if w.Failed() {
+		w.Log(fmt.Sprint(p))
+	}
+}
