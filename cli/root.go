@@ -38,9 +38,9 @@ func group(use, short string) *cobra.Command {
 				return cmd.Help()
 			}
 			var line strings.Builder
-			line.WriteString(fmt.Sprintf("unknown command %q for %q", args[0], cmd.CommandPath()))
+			fmt.Fprintf(&line, "unknown command %q for %q", args[0], cmd.CommandPath())
 			for _, s := range cmd.SuggestionsFor(args[0]) {
-				line.WriteString(fmt.Sprintf(": did you mean %s", s))
+				fmt.Fprintf(&line, ": did you mean %s", s)
 			}
 			return &usageError{[]string{line.String()}}
 		},

@@ -265,7 +265,7 @@ func (p *page) table(head []string, rows [][]cell) {
 		for i, c := range r {
 			line.WriteString(" " + p.paint(c.text, c.colour))
 			if i < len(r)-1 {
-				line.WriteString(fmt.Sprintf("%*s", widths[i]-len(c.text)+1, ""))
+				fmt.Fprintf(&line, "%*s", widths[i]-len(c.text)+1, "")
 			}
 		}
 		p.linef("%s", line.String())

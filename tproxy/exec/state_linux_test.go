@@ -262,6 +262,16 @@ func TestUninstallNeedsNoFlags(t *testing.T) {
 				w.Errorf("comments %v: left on lo: %s", comments, a)
 			}
 		}
+		// Empty tables may stay; nobody takes the host for one of this variant.
+		p, err := w.plan(tproxy.Config{})
+		if err != nil {
+			w.Fatal(err)
+		}
+		for _, v := range p.Host.Variants {
+			if v.Rules || len(v.Ours) > 0 || v.Unknown != "" {
+				w.Errorf("after the uninstall: %+v", v)
+			}
+		}
 	})
 }
 

@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"runtime"
 	"slices"
@@ -42,7 +43,7 @@ func LegacyChains(f Family, table string) ([]string, error) {
 		if entries, err = legacyEntries(f, table); err == nil {
 			return legacyChainNames(f, entries), nil
 		}
-		if err != syscall.EAGAIN {
+		if !errors.Is(err, syscall.EAGAIN) {
 			break
 		}
 	}
