@@ -295,6 +295,9 @@ type count struct {
 	made, escaped, broken int
 }
 
+// longLived is how many redirected connections stay open during the re-installs.
+const longLived = 40
+
 // load lets one client come in and one go out as fast as they can, while two
 // configurations take turns.
 func (s *stage) load(ctx context.Context) error {
@@ -309,6 +312,17 @@ func (s *stage) load(ctx context.Context) error {
 	counts := []*count{
 		{direction: "in", from: s.lab.Client, to: netip.AddrPortFrom(netlab.Host4, 80), proxy: "in", server: "web"},
 		{direction: "out", from: s.lab.Host, uid: 1000, to: netip.AddrPortFrom(netlab.Internet4, 443), proxy: "out", server: "site"},
+	}
+	var held []*netlab.Held
+	for _, c := range counts {
+		for range longLived / len(counts) {
+			h, err := s.lab.Hold(c.from, c.uid, c.to)
+			if err != nil {
+				return fmt.Errorf("a long-lived connection %s: %w", c.direction, err)
+			}
+			defer h.Close()
+			held = append(held, h)
+		}
 	}
 	done := make(chan struct{})
 	var clients sync.WaitGroup
@@ -360,6 +374,16 @@ func (s *stage) load(ctx context.Context) error {
 		}
 	}
 	s.table([]string{"direction", "through the proxy", "escaped", "broken"}, rows)
+	alive := 0
+	for _, h := range held {
+		if h.Alive() {
+			alive++
+		}
+	}
+	s.linef("%d of %d connections from before the first of them live on", alive, len(held))
+	if alive < len(held) {
+		s.wrong++
+	}
 	return nil
 }
 

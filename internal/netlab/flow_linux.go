@@ -53,11 +53,13 @@ type Counter struct{ n atomic.Int64 }
 func (c *Counter) Count() int { return int(c.n.Load()) }
 
 // ListenTCP starts a server of the user's that answers each connection with one
-// line, which Dial reads. An unspecified address listens on all of its family.
+// line, which Dial reads, and then sends back what it gets, until the other side
+// closes. An unspecified address listens on all of its family.
 func (l *Lab) ListenTCP(n *Namespace, uid uint32, name string, addrs ...netip.AddrPort) (*Counter, error) {
 	count := &Counter{}
 	return count, l.serveTCP(n, uid, addrs, count, func(c *net.TCPConn) {
 		_, _ = io.WriteString(c, name+" "+OriginalDestination(c).String()+" "+remote(c).String()+"\n")
+		_, _ = io.Copy(c, c)
 	})
 }
 
@@ -180,30 +182,78 @@ func OriginalDestination(c *net.TCPConn) netip.AddrPort {
 // answered. src may be zero: the kernel chooses; with port 0 it chooses the port.
 // The error says that the flow could not even be sent.
 func (l *Lab) Dial(n *Namespace, uid uint32, network string, src, dst netip.AddrPort) (Seen, error) {
-	c, err := l.dial(n, uid, network, src, dst)
+	h, err := l.hold(n, uid, network, src, dst)
+	h.Close()
+	return outcome(h.Seen, err)
+}
+
+// Held is a TCP connection that stays open.
+type Held struct {
+	Seen
+	conn net.Conn
+	read *bufio.Reader
+}
+
+// Hold is Dial for a connection that is to live on.
+func (l *Lab) Hold(n *Namespace, uid uint32, dst netip.AddrPort) (*Held, error) {
+	h, err := l.hold(n, uid, "tcp", netip.AddrPort{}, dst)
 	if err != nil {
-		return outcome(Seen{}, err)
+		h.Close()
+		return nil, err
 	}
-	defer c.Close()
-	seen := Seen{Self: netip.MustParseAddrPort(c.LocalAddr().String())}
-	_ = c.SetDeadline(time.Now().Add(Patience))
+	return h, nil
+}
+
+// Alive reports whether the other side still sends back what it is sent.
+func (h *Held) Alive() bool {
+	_ = h.conn.SetDeadline(time.Now().Add(Patience))
+	if _, err := io.WriteString(h.conn, "still there?\n"); err != nil {
+		return false
+	}
+	line, err := h.read.ReadString('\n')
+	return err == nil && line == "still there?\n"
+}
+
+// Close ends the connection with a reset, so that a client which makes thousands
+// of them does not wait for their ports (TIME_WAIT).
+func (h *Held) Close() {
+	if h.conn == nil {
+		return
+	}
+	if c, ok := h.conn.(*net.TCPConn); ok {
+		_ = c.SetLinger(0)
+	}
+	_ = h.conn.Close()
+}
+
+// hold connects and reads the answer's first line.
+func (l *Lab) hold(n *Namespace, uid uint32, network string, src, dst netip.AddrPort) (*Held, error) {
+	h := &Held{}
+	var err error
+	if h.conn, err = l.dial(n, uid, network, src, dst); err != nil {
+		h.conn = nil
+		return h, err
+	}
+	h.read = bufio.NewReader(h.conn)
+	h.Self = netip.MustParseAddrPort(h.conn.LocalAddr().String())
+	_ = h.conn.SetDeadline(time.Now().Add(Patience))
 	if network == "udp" {
-		if _, err := io.WriteString(c, "?"); err != nil {
-			return outcome(seen, err)
+		if _, err := io.WriteString(h.conn, "?"); err != nil {
+			return h, err
 		}
 	}
-	line, err := bufio.NewReader(c).ReadString('\n')
+	line, err := h.read.ReadString('\n')
 	if err != nil {
-		return outcome(seen, err)
+		return h, err
 	}
 	words := strings.Fields(line)
 	if len(words) != 3 {
-		return seen, fmt.Errorf("%s to %s: answer %q", network, dst, line)
+		return h, fmt.Errorf("%s to %s: answer %q", network, dst, line)
 	}
-	seen.Who = words[0]
-	seen.Original, _ = netip.ParseAddrPort(words[1])
-	seen.From, _ = netip.ParseAddrPort(words[2])
-	return seen, nil
+	h.Who = words[0]
+	h.Original, _ = netip.ParseAddrPort(words[1])
+	h.From, _ = netip.ParseAddrPort(words[2])
+	return h, nil
 }
 
 func (l *Lab) dial(n *Namespace, uid uint32, network string, src, dst netip.AddrPort) (c net.Conn, err error) {
@@ -225,6 +275,9 @@ func (l *Lab) dial(n *Namespace, uid uint32, network string, src, dst netip.Addr
 
 // outcome turns what the network did into Seen, and leaves what we did an error.
 func outcome(s Seen, err error) (Seen, error) {
+	if err == nil {
+		return s, nil
+	}
 	timeout, ok := errors.AsType[net.Error](err)
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):
