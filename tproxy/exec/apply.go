@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
@@ -30,35 +31,8 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 	if err := s.m.privileged(); err != nil {
 		return nil, err
 	}
-	for _, v := range p.Host.Variants {
-		if v.Unknown != "" {
-			return nil, &ApplyError{Step: "reading what is installed",
-				Err: fmt.Errorf("whether rules of ours stand in %s cannot be told: %s", v.Backend, v.Unknown)}
-		}
-	}
-	var jobs []job
-	for _, step := range p.Steps {
-		j := job{step: step.String()}
-		var b tproxy.Backend
-		switch step := step.(type) {
-		case tproxy.ReplaceRules:
-			b, j.family, j.want = step.Backend, step.Family, p.WithRecord
-		case tproxy.RemoveRules:
-			b, j.family, j.want = step.Backend, step.Family, nothing
-		default:
-			continue // the address: whether it is missing is seen below
-		}
-		v, ok := p.Host.Variant(b)
-		if !ok || !v.Installed(j.family) {
-			return nil, &ApplyError{Step: j.step, Family: j.family,
-				Err:    fmt.Errorf("the plan was made for a host without the programs of %s for %s: %w", b, j.family, ErrUnsupported),
-				Remedy: "install the package iptables, and build the plan from what Runner.Probe observes then"}
-		}
-		j.variant = v
-		jobs = append(jobs, j)
-	}
 	t := &transaction{session: s, report: &Report{Backend: p.Backend, Why: p.BackendWhy}}
-	err = t.execute(ctx, jobs, slices.Contains(p.Families, rules.IPv6))
+	err = t.execute(ctx, slices.Contains(p.Families, rules.IPv6), func() ([]job, error) { return t.applyJobs(p) })
 	if err != nil {
 		return nil, err
 	}
@@ -85,23 +59,10 @@ func (r *Runner) Remove(ctx context.Context, o RemoveOptions) (*Report, error) {
 		return nil, err
 	}
 	t := &transaction{session: s, report: &Report{}, dryRun: o.DryRun}
-	var jobs []job
-	for _, v := range s.variants(ctx) {
-		if v.Unknown != "" {
-			return nil, &ApplyError{Step: "reading what is installed",
-				Err: fmt.Errorf("whether rules of ours stand in %s cannot be told: %s", v.Backend, v.Unknown)}
-		}
-		for _, f := range v.Ours {
-			step := tproxy.RemoveRules{Family: f, Backend: v.Backend}
-			if !v.Installed(f) {
-				return nil, &ApplyError{Step: step.String(), Family: f,
-					Err:    fmt.Errorf("rules of ours are there, and the programs of %s for %s are not", v.Backend, f),
-					Remedy: "install the package iptables"}
-			}
-			jobs = append(jobs, job{step: step.String(), variant: v, family: f, want: nothing})
-		}
-	}
-	if err := t.execute(ctx, jobs, false); err != nil {
+	err = t.execute(ctx, false, func() ([]job, error) {
+		return t.removals(s.variants(ctx), func(tproxy.Backend, rules.Family) bool { return true })
+	})
+	if err != nil {
 		return nil, err
 	}
 	t.report.Retries, t.report.Processes = s.retries, s.processes
@@ -120,6 +81,62 @@ type job struct {
 
 func nothing(tproxy.Record) rules.Set { return rules.Set{} }
 
+// applyJobs are a plan's rules, and behind them the removal of what is ours
+// elsewhere. What that is, is read again under the lock: another run may have
+// come in between since the host was observed.
+func (t *transaction) applyJobs(p *tproxy.Plan) ([]job, error) {
+	if len(p.Host.Variants) == 0 {
+		return nil, &ApplyError{Step: "finding iptables",
+			Err:    fmt.Errorf("no iptables-save and iptables-restore on PATH, %s: %w", strings.Join(programDirs, ", "), ErrUnsupported),
+			Remedy: "install the package iptables"}
+	}
+	var jobs []job
+	for _, f := range p.Families {
+		step := tproxy.ReplaceRules{Family: f, Backend: p.Backend}.String()
+		v, ok := p.Host.Variant(p.Backend)
+		if !ok || !v.Installed(f) {
+			return nil, &ApplyError{Step: step, Family: f,
+				Err:    fmt.Errorf("the plan was made for a host without the programs of %s for %s: %w", p.Backend, f, ErrUnsupported),
+				Remedy: "install the package iptables, and build the plan from what Runner.Probe observes then"}
+		}
+		jobs = append(jobs, job{step: step, variant: v, family: f, want: p.WithRecord})
+	}
+	now := slices.Clone(p.Host.Variants)
+	for i := range now {
+		now[i].Rules, now[i].Ours, now[i].Unknown = false, nil, ""
+		t.inKernel(&now[i])
+	}
+	gone, err := t.removals(now, func(b tproxy.Backend, f rules.Family) bool {
+		return b != p.Backend || !slices.Contains(p.Families, f)
+	})
+	return append(jobs, gone...), err
+}
+
+// removals are the jobs that take out what is ours in the variants, where goes
+// says so.
+func (t *transaction) removals(variants []tproxy.Variant, goes func(tproxy.Backend, rules.Family) bool) ([]job, error) {
+	var jobs []job
+	for _, v := range variants {
+		if v.Unknown != "" {
+			return nil, &ApplyError{Step: "reading what is installed",
+				Err: fmt.Errorf("whether rules of ours stand in %s cannot be told: %s", v.Backend, v.Unknown)}
+		}
+		for _, f := range v.Ours {
+			if !goes(v.Backend, f) {
+				continue
+			}
+			step := tproxy.RemoveRules{Family: f, Backend: v.Backend}
+			if !v.Installed(f) {
+				return nil, &ApplyError{Step: step.String(), Family: f,
+					Err:    fmt.Errorf("rules of ours are there, and the programs of %s for %s are not", v.Backend, f),
+					Remedy: "install the package iptables"}
+			}
+			jobs = append(jobs, job{step: step.String(), variant: v, family: f, want: nothing})
+		}
+	}
+	return jobs, nil
+}
+
 // transaction is what was done so far, and how to take it back.
 type transaction struct {
 	*session
@@ -135,18 +152,22 @@ type undo struct {
 	run  func(context.Context) (did bool, err error)
 }
 
-func (t *transaction) execute(ctx context.Context, jobs []job, ipv6 bool) error {
-	if err := t.m.privileged(); err != nil {
-		return err
-	}
+// execute finds the jobs and does them, under the lock: what is there is read
+// when nobody else of us can change it any more, and all of it before anything
+// is written.
+func (t *transaction) execute(ctx context.Context, ipv6 bool, find func() ([]job, error)) error {
 	if !t.dryRun {
-		unlock, err := t.m.lock(ctx, t.wait)
+		l, err := t.m.lock(ctx, t.wait)
 		if err != nil {
 			return err
 		}
-		defer unlock()
+		t.lock = l.file
+		defer l.unlock()
 	}
-	// Everything is read before anything is written.
+	jobs, err := find()
+	if err != nil {
+		return err
+	}
 	var rec tproxy.Record
 	for i := range jobs {
 		if err := ctx.Err(); err != nil {

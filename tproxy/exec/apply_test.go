@@ -845,6 +845,11 @@ func TestPlanForAnotherMachine(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = m.attempt(context.Background(), p)
+	if e := applyError(t, err); !errors.Is(err, ErrUnsupported) || !strings.Contains(e.Remedy, "install the package iptables") || len(m.commands) > 0 {
+		t.Error(err)
+	}
+	p.Host.Variants = []tproxy.Variant{{Backend: tproxy.IPTablesLegacy}}
+	err = m.attempt(context.Background(), p)
 	if e := applyError(t, err); !errors.Is(err, ErrUnsupported) || !strings.Contains(e.Remedy, "Runner.Probe") || len(m.commands) > 0 {
 		t.Error(err)
 	}

@@ -31,7 +31,8 @@ type fakeMachine struct {
 	notRoot   bool
 	missing   map[string]bool // programs
 	held      bool
-	dead      bool // nothing more can be written
+	dead      bool   // nothing more can be written
+	onLock    func() // what happens while we wait for the lock
 
 	commands []command
 	writes   int // restores that were started, addresses changed
@@ -201,11 +202,14 @@ func (m *fakeMachine) delAddress(p netip.Prefix) (bool, error) {
 
 func (m *fakeMachine) localAddresses() ([]netip.Prefix, error) { return nil, nil }
 
-func (m *fakeMachine) lock(context.Context, time.Duration) (func(), error) {
+func (m *fakeMachine) lock(context.Context, time.Duration) (lock, error) {
 	if m.held {
-		return nil, fmt.Errorf("%w: by process 42", ErrLocked)
+		return lock{}, fmt.Errorf("%w: by process 42", ErrLocked)
 	}
-	return func() {}, nil
+	if m.onLock != nil {
+		m.onLock()
+	}
+	return lock{unlock: func() {}}, nil
 }
 
 func (m *fakeMachine) lockHolder() (int, string, bool) { return 42, "kube-proxy", true }

@@ -262,7 +262,9 @@ func (h *fakeHost) addAddress(p netip.Prefix) (bool, error) {
 	return !was, nil
 }
 
-func (h *fakeHost) lock(context.Context, time.Duration) (func(), error) { return func() {}, nil }
+func (h *fakeHost) lock(context.Context, time.Duration) (lock, error) {
+	return lock{unlock: func() {}}, nil
+}
 
 func (h *fakeHost) plan(c tproxy.Config) *tproxy.Plan {
 	h.t.Helper()

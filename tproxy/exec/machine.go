@@ -26,6 +26,9 @@ type command struct {
 	Path  string
 	Args  []string
 	Stdin []byte
+	// Lock, if not nil, is held open by the process too: should we be killed,
+	// nobody takes the lock while it still writes.
+	Lock *os.File
 }
 
 func (c command) String() string { return strings.Join(append([]string{c.Path}, c.Args...), " ") }
@@ -62,7 +65,7 @@ type machine interface {
 	localAddresses() ([]netip.Prefix, error)
 
 	// lock keeps two runs in one network namespace apart.
-	lock(ctx context.Context, wait time.Duration) (unlock func(), err error)
+	lock(ctx context.Context, wait time.Duration) (lock, error)
 	lockHolder() (pid int, comm string, ok bool)
 
 	userByName(name string) (uid uint32, ok bool)
@@ -71,6 +74,12 @@ type machine interface {
 	environ(key string) string
 	privileged() error
 	procs() procfs.FS
+}
+
+// lock is held until unlock; file, which may be nil, is what a child inherits.
+type lock struct {
+	unlock func()
+	file   *os.File
 }
 
 // system is the machine that we run on.
@@ -89,6 +98,9 @@ func (system) run(ctx context.Context, c command) (result, error) {
 	// child writes what it writes whole.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.WaitDelay = time.Second
+	if c.Lock != nil {
+		cmd.ExtraFiles = []*os.File{c.Lock}
+	}
 	err := cmd.Run()
 	r := result{out.Bytes(), bytes.TrimSpace(errOut.Bytes()), cmd.ProcessState.ExitCode()}
 	if _, exited := errors.AsType[*osexec.ExitError](err); exited {
@@ -203,20 +215,30 @@ func (system) lockHolder() (pid int, comm string, _ bool) { return kernel.Xtable
 // lockName is the abstract socket that keeps two runs apart.
 const lockName = "kuma-tproxy"
 
-func (system) lock(ctx context.Context, wait time.Duration) (func(), error) {
-	h, err := kernel.LockWait(ctx, lockName, max(wait, 0))
-	if held, ok := errors.AsType[*kernel.HeldError](err); ok {
+func (system) lock(ctx context.Context, wait time.Duration) (lock, error) {
+	h, err := kernel.LockWait(ctx, lockName, 0)
+	held, taken := errors.AsType[*kernel.HeldError](err)
+	if taken {
 		if uid, known := ownerOf(held.PID); known && uid != 0 && uid != uint32(os.Geteuid()) {
 			// Anybody may bind an abstract socket: somebody without our rights
 			// must not be able to keep us from working.
-			return func() {}, nil
+			return lock{unlock: func() {}}, nil
 		}
-		return nil, fmt.Errorf("%w: %w", ErrLocked, err)
+		if h, err = kernel.LockWait(ctx, lockName, max(wait, 0)); err != nil {
+			if held, ok := errors.AsType[*kernel.HeldError](err); ok {
+				return lock{}, fmt.Errorf("%w: %w; wait for it, or wait longer with --wait", ErrLocked, held)
+			}
+		}
 	}
 	if err != nil {
-		return nil, err
+		return lock{}, err
 	}
-	return func() { h.Unlock() }, nil
+	file, err := h.File()
+	if err != nil {
+		h.Unlock()
+		return lock{}, err
+	}
+	return lock{file: file, unlock: func() { file.Close(); h.Unlock() }}, nil
 }
 
 // ownerOf returns the effective UID of a process.
@@ -260,9 +282,25 @@ func (system) userByID(uid uint32) (string, bool) {
 	return u.Username, true
 }
 
-func (system) readFile(path string) ([]byte, error) { return os.ReadFile(path) }
-func (system) environ(key string) string            { return os.Getenv(key) }
-func (system) procs() procfs.FS                     { return procfs.FS{Listening: kernel.ListeningTCP} }
+// maxFile is more than any resolv.conf needs, in bytes.
+const maxFile = 64 << 10
+
+// readFile reads a regular file; a FIFO would keep us waiting for ever.
+func (system) readFile(path string) ([]byte, error) {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil:
+		return nil, err
+	case !info.Mode().IsRegular():
+		return nil, fmt.Errorf("%s is no regular file", path)
+	case info.Size() > maxFile:
+		return nil, fmt.Errorf("%s has %d bytes: at most %d are read", path, info.Size(), maxFile)
+	}
+	return os.ReadFile(path)
+}
+
+func (system) environ(key string) string { return os.Getenv(key) }
+func (system) procs() procfs.FS          { return procfs.FS{Listening: kernel.ListeningTCP} }
 
 // The capabilities that iptables needs, by their bit (capabilities(7),
 // linux/capability.h).

@@ -61,10 +61,13 @@ func TestRemoveBothVariants(t *testing.T) {
 	m := newFakeMachine(t)
 	m.populate(t)
 	before := m.state()
-	legacy := m.plan(t, tproxy.Config{Backend: tproxy.IPTablesLegacy}) // made before the other was there
 	m.install(t, tproxy.Config{Backend: tproxy.IPTablesNFT, DisableComments: true})
-	if err := m.attempt(context.Background(), legacy); err != nil {
-		t.Fatal(err)
+	for i, f := range rules.Families() { // as another program of ours would have left them
+		p, err := tproxy.Build(tproxy.Config{}, tproxy.Host{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.edit(t, prefixes[2+i], string(p.Rules.IPTables(f)))
 	}
 	if r := m.uninstall(t); len(r.Families) != 4 {
 		t.Errorf("report %+v", r)
@@ -220,5 +223,45 @@ func TestRemoveUnreadableSave(t *testing.T) {
 		if _, ok := errors.AsType[*rules.ParseError](err); !ok || e.Family != rules.IPv6 || m.writes != writes {
 			t.Errorf("%q: %v", out, err)
 		}
+	}
+}
+
+// What is there is read under the lock: another run may have ended while we
+// waited for it.
+func TestRemoveSeesWhatCameBeforeItsTurn(t *testing.T) {
+	m := newFakeMachine(t)
+	m.populate(t)
+	before := m.state()
+	p := m.plan(t, tproxy.Config{})
+	m.onLock = func() {
+		m.onLock = nil
+		if _, err := (&Runner{machine: m}).Apply(context.Background(), p); err != nil {
+			t.Errorf("the run before: %v", err)
+		}
+	}
+	if r := m.uninstall(t); !r.Changed {
+		t.Errorf("report %+v", r)
+	}
+	m.unchanged(t, before)
+}
+
+// Two installs for different variants, planned at the same time, end as one.
+func TestApplySeesWhatCameBeforeItsTurn(t *testing.T) {
+	m := newFakeMachine(t)
+	m.populate(t)
+	nft := m.plan(t, tproxy.Config{Backend: tproxy.IPTablesNFT})
+	legacy := m.plan(t, tproxy.Config{Backend: tproxy.IPTablesLegacy, IPFamilyMode: tproxy.IPv4Only})
+	for _, p := range []*tproxy.Plan{nft, legacy} {
+		if err := m.attempt(context.Background(), p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i, want := range []bool{false, false, true, false} {
+		if got := strings.Contains(string(m.netfilter[prefixes[i]].Save()), ":KUMA_MESH_INBOUND"); got != want {
+			t.Errorf("%s: ours is %v, want %v", prefixes[i], got, want)
+		}
+	}
+	if len(m.addresses) > 0 {
+		t.Errorf("left on lo: %v", m.addresses)
 	}
 }

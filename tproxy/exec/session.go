@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"os"
 	"runtime"
 	"time"
 
@@ -15,6 +16,7 @@ type session struct {
 	m   machine
 	log *slog.Logger
 
+	lock               *os.File // what children inherit, while it is held
 	wait, waitInterval time.Duration
 	processes, retries int
 }
@@ -42,6 +44,7 @@ const patience = time.Minute
 // writes whole.
 func (s *session) run(ctx context.Context, c command) (result, error) {
 	s.processes++
+	c.Lock = s.lock
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), max(s.wait, 0)+patience)
 	defer cancel()
 	start := time.Now()

@@ -5,6 +5,7 @@ package kernel
 import (
 	"errors"
 	"net/netip"
+	"os"
 
 	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/procfs"
 )
@@ -44,6 +45,9 @@ func IPv6Off() (off bool, why string, err error) { return false, "", errors.ErrU
 
 // Unlock is for Linux.
 func (h *LockHandle) Unlock() error { return errors.ErrUnsupported }
+
+// File is for Linux.
+func (h *LockHandle) File() (*os.File, error) { return nil, errors.ErrUnsupported }
 
 // XtablesLockHolder is for Linux.
 func XtablesLockHolder() (pid int, comm string, ok bool) { return 0, "", false }

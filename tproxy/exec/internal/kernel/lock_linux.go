@@ -51,6 +51,19 @@ func (h *LockHandle) Unlock() error {
 	return syscall.Close(fd)
 }
 
+// File returns the lock's socket as a file of its own, for a child to inherit:
+// as long as anybody has it open, the lock is held.
+func (h *LockHandle) File() (*os.File, error) {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	fd, err := syscall.Dup(h.fd)
+	if err != nil {
+		return nil, err
+	}
+	syscall.CloseOnExec(fd)
+	return os.NewFile(uintptr(fd), "lock"), nil
+}
+
 func lockHolder(name string) *HeldError {
 	held := &HeldError{Name: name}
 	text, err := os.ReadFile("/proc/thread-self/net/unix")
