@@ -80,7 +80,8 @@ func install(cmd *cobra.Command, args []string, o Options) error {
 	if err != nil {
 		return explain(cmd, err)
 	}
-	return r.printInstalled(cmd.OutOrStdout(), plan, report)
+	unsaid(cmd, r.printInstalled(cmd.OutOrStdout(), plan, report))
+	return nil
 }
 
 // unknownUser adds to the faults of a command line that the proxy's user does

@@ -50,5 +50,6 @@ func uninstall(cmd *cobra.Command, args []string, o Options) error {
 	if r.dryRun {
 		return r.printRemoval(cmd.OutOrStdout(), report, true)
 	}
-	return r.printUninstalled(cmd.OutOrStdout(), report)
+	unsaid(cmd, r.printUninstalled(cmd.OutOrStdout(), report))
+	return nil
 }

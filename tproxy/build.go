@@ -150,6 +150,10 @@ func Build(c Config, h Host) (*Plan, error) {
 	p.families()
 	p.nameservers()
 	var refused []Refusal
+	if why := p.Host.IPv6Uncaptured; why != "" && p.Config.IPFamilyMode != IPv4Only {
+		refused = append(refused, Refusal{"IPv6 is up and cannot be redirected: " + why,
+			"switch it on there with sysctl net.ipv6.conf.lo.disable_ipv6=0, or leave IPv6 untouched with --ip-family-mode=ipv4"})
+	}
 	refused = append(refused, p.lockout()...)
 	refused = append(refused, p.loops()...)
 	if r := p.chooseBackend(); r != nil {
@@ -258,10 +262,11 @@ func (p *Plan) lockout() (out []Refusal) {
 		if p.protectsSSH() && s.Port == SSHPort || p.Config.Inbound.ExcludePorts.Contains(s.Port) {
 			continue
 		}
-		out = append(out, Refusal{
-			fmt.Sprintf("port %d is a way into this host (%s) and would be captured", s.Port, s.Why),
-			fmt.Sprintf("add --exclude-inbound-ports %d", s.Port),
-		})
+		remedy := fmt.Sprintf("add --exclude-inbound-ports %d", s.Port)
+		if s.Port == SSHPort {
+			remedy = "leave out --capture-ssh, or " + remedy
+		}
+		out = append(out, Refusal{fmt.Sprintf("port %d is a way into this host (%s) and would be captured", s.Port, s.Why), remedy})
 	}
 	return out
 }

@@ -304,7 +304,7 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	if s == "" {
 		return netip.Prefix{}, fmt.Errorf("empty entry: accepted is %s", acceptedPrefix)
 	}
-	if a, err := netip.ParseAddr(s); err == nil {
+	if a, err := netip.ParseAddr(s); err == nil && a.Zone() == "" {
 		p := netip.PrefixFrom(a, a.BitLen())
 		return p, checkPrefix(p, s)
 	}

@@ -14,6 +14,9 @@ type Host struct {
 	// IPv6Off is the reason for which there is no IPv6 here; empty means there
 	// is.
 	IPv6Off string
+	// IPv6Uncaptured is the reason for which there is IPv6 here that cannot be
+	// redirected; empty means there is none.
+	IPv6Uncaptured string
 	// PassthroughAddress is whether ::6 is on lo already.
 	PassthroughAddress bool
 	// Pod is the reason for which this is a pod, in which SSH is captured like

@@ -45,6 +45,7 @@ func (t *transaction) filters(p *tproxy.Plan) (notes []string) {
 			notes = append(notes, inputFilter(j.family, j.before.all, p.Config.Inbound.Port)...)
 		}
 	}
+	notes = append(notes, t.otherFilter(p)...)
 	foreign, err := t.m.foreignTables()
 	if err != nil {
 		t.log.Warn("tables of nftables cannot be listed", "error", err)
@@ -63,6 +64,20 @@ func (t *transaction) filters(p *tproxy.Plan) (notes []string) {
 	return notes
 }
 
+// otherFilter speaks of the filter table of the variant that was not chosen,
+// whose policy cannot be told without a save, which may make tables.
+func (t *transaction) otherFilter(p *tproxy.Plan) (notes []string) {
+	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+		for _, f := range p.Families {
+			tables, err := t.m.tables(b == tproxy.IPTablesNFT, f)
+			if b != p.Backend && err == nil && slices.Contains(tables, rules.Filter) {
+				notes = append(notes, fmt.Sprintf("the %s filter table of %s is there too and may filter: let it admit TCP to port %d", f, b, p.Config.Inbound.Port))
+			}
+		}
+	}
+	return notes
+}
+
 // Documentation addresses (RFC 5737, RFC 3849): another host, and this one.
 var (
 	somewhere = map[rules.Family]netip.Addr{rules.IPv4: netip.MustParseAddr("192.0.2.1"), rules.IPv6: netip.MustParseAddr("2001:db8::1")}
@@ -75,18 +90,18 @@ func inputFilter(f rules.Family, all rules.Set, port uint16) []string {
 	var filter rules.Set
 	for _, c := range all.Bases {
 		if c.Table == rules.Filter && c.Hook == rules.Input {
-			c.Rules = admitTranslated(c.Rules)
+			c.Rules = forRedirected(c.Rules)
 			filter.Bases = append(filter.Bases, c)
 		}
 	}
 	for _, c := range all.Chains {
 		if c.Table == rules.Filter {
-			c.Rules = admitTranslated(c.Rules)
+			c.Rules = forRedirected(c.Rules)
 			filter.Chains = append(filter.Chains, c)
 		}
 	}
 	packet := sim.Packet{
-		Path: sim.In, Protocol: rules.TCP, InInterface: "eth0",
+		Path: sim.In, Protocol: rules.TCP,
 		Source:      netip.AddrPortFrom(somewhere[f], 40000),
 		Destination: netip.AddrPortFrom(here[f], port),
 	}
@@ -107,14 +122,18 @@ func inputFilter(f rules.Family, all rules.Set, port uint16) []string {
 	return []string{fmt.Sprintf("the %s filter of INPUT drops redirected connections, which come to port %d (%s); admit them: %s", f, port, trace.Summary(), admit)}
 }
 
-// admitTranslated takes the condition that a connection was translated, which
-// the one that is walked was, out of the rules that make it.
-func admitTranslated(in []rules.Rule) []rules.Rule {
-	out := slices.Clone(in)
-	for i, r := range out {
-		out[i].Matches = slices.DeleteFunc(slices.Clone(r.Matches), func(m rules.Match) bool {
-			return m == rules.Match(rules.CTState{States: "DNAT"})
+// forRedirected leaves out of rules what is known of a redirected connection
+// from another host: it was translated, and it did not come through lo. Through
+// which interface else it came is not known.
+func forRedirected(in []rules.Rule) (out []rules.Rule) {
+	for _, r := range in {
+		if slices.Contains(r.Matches, rules.Match(rules.InInterface{Name: "lo"})) {
+			continue
+		}
+		r.Matches = slices.DeleteFunc(slices.Clone(r.Matches), func(m rules.Match) bool {
+			return m == rules.Match(rules.CTState{States: "DNAT"}) || m == rules.Match(rules.InInterface{Name: "lo", Not: true})
 		})
+		out = append(out, r)
 	}
 	return out
 }

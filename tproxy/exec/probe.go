@@ -35,6 +35,9 @@ func (r *Runner) Probe(ctx context.Context, n tproxy.Needs) (tproxy.Host, error)
 		}
 		if off {
 			h.IPv6Off = why
+			if h.IPv6Uncaptured, err = s.beyondLo(why); err != nil {
+				return h, err
+			}
 		} else {
 			_, v6 := tproxy.PassthroughAddresses()
 			if h.PassthroughAddress, err = s.m.hasAddress(v6); err != nil {
@@ -53,6 +56,21 @@ func (r *Runner) Probe(ctx context.Context, n tproxy.Needs) (tproxy.Host, error)
 	}
 	h.Variants = s.variants(ctx)
 	return h, nil
+}
+
+// beyondLo returns the reason for which IPv6 is in use although it is off on
+// lo, where the proxy needs an address: its connections would pass the proxy by.
+func (s *session) beyondLo(why string) (string, error) {
+	addrs, err := s.m.localAddresses()
+	if err != nil {
+		return "", fmt.Errorf("addresses of this host: %w", err)
+	}
+	for _, p := range addrs {
+		if a := p.Addr(); a.Is6() && !a.IsLoopback() && !a.IsLinkLocalUnicast() {
+			return fmt.Sprintf("%s, and this host has the address %s", why, a), nil
+		}
+	}
+	return "", nil
 }
 
 // users looks up the proxy's user, where the Config names one or leaves it

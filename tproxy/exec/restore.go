@@ -39,7 +39,7 @@ func (s *session) save(ctx context.Context, v tproxy.Variant, f rules.Family) (l
 		if bytes.Contains(r.Stdout, fmt.Appendf(nil, "# Table `%s' is incompatible, use 'nft' tool", t)) {
 			return live{}, &ApplyError{Step: step, Family: f, Table: t, Program: path,
 				Err:    fmt.Errorf("table %s %s holds rules that were made with nft and that iptables cannot read", nftFamily(f), t),
-				Remedy: "move them to a table of another name, or use --backend iptables-legacy"}
+				Remedy: fmt.Sprintf("move them to a table of another name and run this again (to see them: nft list table %s %s); install can use --backend iptables-legacy as well", nftFamily(f), t)}
 		}
 	}
 	all, err := rules.ParseSave(f, r.Stdout)
@@ -133,7 +133,7 @@ func (s *session) diagnose(e *ApplyError, v tproxy.Variant, script []byte) {
 		} else {
 			e.Remedy = "somebody held the xtables lock for the whole time; wait longer with --wait"
 		}
-	case says("can't open lock file") && says("Read-only file system", "No such file or directory"):
+	case says("can't open lock file") && says("Read-only file system", "No such file or directory", "Permission denied"):
 		e.Remedy = "the lock of iptables-legacy must be writable: mount /run writable, or name another file in XTABLES_LOCKFILE"
 	case says("Permission denied", "you must be root", "Operation not permitted"):
 		cause(ErrNotRoot)

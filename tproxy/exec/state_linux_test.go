@@ -437,6 +437,14 @@ func TestIPv6OffIsLeftOut(t *testing.T) {
 		if err := w.Sysctl(w.Host, "net/ipv6/conf/lo/disable_ipv6", "1"); err != nil {
 			w.Fatal(err)
 		}
+		// Off on lo alone: what goes through eth0 would pass the proxy by.
+		_, err := w.plan(tproxy.Config{})
+		if _, refused := errors.AsType[*tproxy.RefusedError](err); !refused || !strings.Contains(err.Error(), "--ip-family-mode=ipv4") {
+			w.Errorf("IPv6 off on lo alone: %v", err)
+		}
+		if err := w.Sysctl(w.Host, "net/ipv6/conf/all/disable_ipv6", "1"); err != nil {
+			w.Fatal(err)
+		}
 		p, err := w.plan(tproxy.Config{})
 		if err != nil {
 			w.Fatal(err)

@@ -20,6 +20,11 @@ func run() int {
 	// run that is told so stops between two steps and undoes them.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
+	// A second one ends the program where it stands.
+	context.AfterFunc(ctx, stop)
+	// Who reads what we print may go away (| head): without this, the next line
+	// would end the program between two steps (SIGPIPE in os/signal).
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	return cli.ExitCode(cli.Root(cli.Options{Version: version()}).ExecuteContext(ctx))
 }
 

@@ -94,8 +94,8 @@ func sshServerPort(value string) (uint16, bool) {
 		return 0, false
 	}
 	for _, i := range []int{0, 2} {
-		if _, err := netip.ParseAddr(words[i]); err != nil {
-			return 0, false
+		if a, err := netip.ParseAddr(words[i]); err != nil || a.Unmap().IsLoopback() {
+			return 0, false // over loopback nothing is captured inbound
 		}
 		if _, ok := parsePort(words[i+1]); !ok {
 			return 0, false
@@ -114,6 +114,9 @@ func (f FS) shellsOfListeners(add func(uint16, string)) (partial bool, err error
 	if err != nil {
 		return false, err
 	}
+	// Nothing from another host reaches a socket on loopback, such as that of a
+	// forwarded port.
+	sockets = slices.DeleteFunc(sockets, func(s Socket) bool { return s.Local.Addr().Unmap().IsLoopback() })
 	// The kernel lists by hash bucket: sorted, the reasons do not change places.
 	slices.SortFunc(sockets, func(a, b Socket) int {
 		return cmp.Or(a.Local.Addr().Compare(b.Local.Addr()), cmp.Compare(a.Local.Port(), b.Local.Port()), cmp.Compare(a.Inode, b.Inode))

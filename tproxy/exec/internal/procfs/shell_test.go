@@ -50,7 +50,9 @@ func TestRemoteShellsOfSessions(t *testing.T) {
 func TestSSHConnection(t *testing.T) {
 	for value, want := range map[string]uint16{
 		"10.0.0.9 50000 10.0.0.7 22":             22,
-		"::1 50000 ::1 65535":                    65535,
+		"fd00::1 50000 fd00::2 65535":            65535,
+		"::1 50000 ::1 22":                       0, // nothing on loopback is captured inbound
+		"127.0.0.1 50000 127.0.0.1 22":           0,
 		"fe80::1%eth0 50000 fe80::2%eth0 2222":   2222,
 		"":                                       0,
 		"22":                                     0,
