@@ -38,6 +38,7 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 	}
 	t.report.Notes = append(t.report.Notes, t.listening(p)...)
 	t.report.Notes = append(t.report.Notes, t.filters(p)...)
+	t.report.Notes = append(t.report.Notes, t.others(p)...)
 	t.report.Retries, t.report.Processes = s.retries, s.processes
 	return t.report, nil
 }

@@ -64,6 +64,96 @@ func (t *transaction) filters(p *tproxy.Plan) (notes []string) {
 	return notes
 }
 
+// others says where a rule of others in front of ours keeps connections from the
+// proxy: they would pass it by.
+func (t *transaction) others(p *tproxy.Plan) (notes []string) {
+	for _, j := range t.jobs {
+		if j.variant.Backend != p.Backend || !slices.Contains(p.Families, j.family) {
+			continue
+		}
+		f, rec := j.family, tproxy.Record{}
+		set := with(f, j.before, p.WithRecord(rec))
+		for _, d := range []struct {
+			what   string
+			off    bool
+			port   uint16
+			packet sim.Packet
+		}{
+			{"inbound", p.Config.Inbound.Off, p.Config.Inbound.Port, sim.Packet{Path: sim.In}},
+			{"outbound", p.Config.Outbound.Off, p.Config.Outbound.Port, sim.Packet{Path: sim.Out}},
+		} {
+			d.packet.Protocol, d.packet.UID = rules.TCP, stranger
+			d.packet.Source = netip.AddrPortFrom(somewhere[f], 40000)
+			d.packet.Destination = netip.AddrPortFrom(here[f], strangePort)
+			if d.packet.Path == sim.Out {
+				d.packet.Source, d.packet.Destination = netip.AddrPortFrom(here[f], 40000), netip.AddrPortFrom(somewhere[f], strangePort)
+			}
+			env := sim.EnvOf(here[f])
+			// What our own rules leave alone says nothing about those of others.
+			if alone := sim.Decide(p.Rules.Lower(f), env, d.packet); d.off || alone.Kind != sim.Redirected {
+				continue
+			}
+			trace := sim.Walk(set, env, d.packet)
+			if trace.Kind != sim.Unknown && (trace.Kind != sim.Redirected || trace.Port != d.port) {
+				notes = append(notes, fmt.Sprintf("a rule of others keeps %s %s connections from the proxy: %s", d.what, f, trace.Summary()))
+			}
+		}
+	}
+	return notes
+}
+
+// A user and a port that nobody is likely to have named.
+const (
+	stranger    = 3_999_999_999
+	strangePort = 49_151
+)
+
+// with is the nat table as it is once the plan is in place: what is ours taken
+// out of it, and the plan's rules in the places that they get.
+func with(f rules.Family, before live, want rules.Set) rules.Set {
+	want = want.Lower(f)
+	var out rules.Set
+	for _, c := range want.Chains {
+		if c.Table == rules.NAT {
+			out.Chains = append(out.Chains, c)
+		}
+	}
+	for _, c := range before.all.Chains {
+		if _, ours := before.ours.Chain(c.Table, c.Name); c.Table == rules.NAT && !ours {
+			out.Chains = append(out.Chains, c)
+		}
+	}
+	for _, hook := range []rules.Hook{rules.Prerouting, rules.Output} {
+		live, _ := before.all.Base(rules.NAT, hook)
+		was, _ := before.ours.Base(rules.NAT, hook)
+		w, _ := want.Base(rules.NAT, hook)
+		at := 0 // where ours go, among others'
+		switch {
+		case len(was.Rules) > 0:
+			at = was.Rules[0].At - 1
+		case w.Place == rules.Last:
+			at = len(live.Rules)
+		}
+		isOurs := func(i int) bool {
+			return slices.ContainsFunc(was.Rules, func(r rules.Rule) bool { return r.At == i+1 })
+		}
+		c := rules.BaseChain{Table: rules.NAT, Hook: hook}
+		for i, r := range live.Rules {
+			if i == at {
+				c.Rules = append(c.Rules, w.Rules...)
+			}
+			if !isOurs(i) {
+				c.Rules = append(c.Rules, r)
+			}
+		}
+		if at >= len(live.Rules) {
+			c.Rules = append(c.Rules, w.Rules...)
+		}
+		out.Bases = append(out.Bases, c)
+	}
+	return out
+}
+
 // otherFilter speaks of the filter table of the variant that was not chosen,
 // whose policy cannot be told without a save, which may make tables.
 func (t *transaction) otherFilter(p *tproxy.Plan) (notes []string) {

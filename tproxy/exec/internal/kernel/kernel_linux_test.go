@@ -509,6 +509,45 @@ func isHeldBy(err error, name string, pid int) bool {
 	return ok && held.Name == name && held.PID == pid && held.Comm != ""
 }
 
+// A child that inherits the lock holds it, also when its parent is gone.
+func TestLockIsTheChildsToo(t *testing.T) {
+	requireNamespace(t)
+	const name = "inherited"
+	h, err := Lock(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := h.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	child := exec.Command("cat")
+	child.ExtraFiles = []*os.File{file}
+	in, err := child.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	file.Close()
+	if err := h.Unlock(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Lock(name); !isHeldBy(err, name, child.Process.Pid) {
+		t.Errorf("got %v, want it held by %d", err, child.Process.Pid)
+	}
+	in.Close()
+	if err := child.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if h, err := Lock(name); err != nil {
+		t.Errorf("after the child: %v", err)
+	} else if err := h.Unlock(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestLockNames(t *testing.T) {
 	requireNamespace(t)
 	for _, c := range []struct {
