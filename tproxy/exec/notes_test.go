@@ -1,7 +1,7 @@
 package exec
 
 import (
-	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -35,15 +35,10 @@ func TestRulesOfOthersInFront(t *testing.T) {
 				edit()
 				r = m.install(t, tproxy.Config{Backend: tproxy.IPTablesNFT})
 			}
-			got := ""
-			for _, n := range r.Notes {
-				if strings.Contains(n, "a rule of others") {
-					got += n
-				}
-			}
+			got := strings.Join(slices.DeleteFunc(r.Notes, func(n string) bool { return !strings.Contains(n, "a rule of others") }), "\n")
 			want := c.want
 			// A rule that is there before goes behind ours in OUTPUT.
-			if when == "before" && strings.Contains(fmt.Sprint(c.rules), "-I OUTPUT") {
+			if when == "before" && strings.Contains(c.rules, "-I OUTPUT") {
 				want = ""
 			}
 			if !strings.Contains(got, want) || want == "" && got != "" {
