@@ -68,6 +68,13 @@ func LegacyRules(f Family, table string) (bool, error) {
 }
 
 func legacyInfo(f Family, table string) (info [iptGetInfoSize]byte, err error) {
+	copy(info[:xtTableNameLen-1], table)
+	return info, legacyGet(f, iptSoGetInfo, info[:])
+}
+
+// legacyGet asks the kernel about the table that buf begins with the name of;
+// the answer fills buf.
+func legacyGet(f Family, option uintptr, buf []byte) error {
 	domain, level := syscall.AF_INET, syscall.SOL_IP
 	if f == IPv6 {
 		domain, level = syscall.AF_INET6, syscall.SOL_IPV6
@@ -75,18 +82,17 @@ func legacyInfo(f Family, table string) (info [iptGetInfoSize]byte, err error) {
 	// The socket that libiptc opens (TC_INIT, libiptc/libiptc.c).
 	fd, err := syscall.Socket(domain, syscall.SOCK_RAW|syscall.SOCK_CLOEXEC, syscall.IPPROTO_RAW)
 	if err != nil {
-		return info, err
+		return err
 	}
 	defer syscall.Close(fd)
-	copy(info[:xtTableNameLen-1], table)
-	size := uint32(len(info)) // socklen_t
-	_, _, errno := syscall.Syscall6(sysGetsockopt, uintptr(fd), uintptr(level), iptSoGetInfo,
-		uintptr(unsafe.Pointer(&info[0])), uintptr(unsafe.Pointer(&size)), 0)
+	size := uint32(len(buf)) // socklen_t
+	_, _, errno := syscall.Syscall6(sysGetsockopt, uintptr(fd), uintptr(level), option,
+		uintptr(unsafe.Pointer(&buf[0])), uintptr(unsafe.Pointer(&size)), 0)
 	if errno != 0 {
-		return info, errno
+		return errno
 	}
-	if int(size) != len(info) {
-		return info, syscall.EBADMSG
+	if int(size) != len(buf) {
+		return syscall.EBADMSG
 	}
-	return info, nil
+	return nil
 }

@@ -7,7 +7,6 @@ import (
 	"runtime"
 	"slices"
 	"syscall"
-	"unsafe"
 )
 
 // Of include/uapi/linux/netfilter_ipv4/ip_tables.h and
@@ -64,20 +63,8 @@ func legacyEntries(f Family, table string) ([]byte, error) {
 	buf := make([]byte, start+int(size))
 	copy(buf[:xtTableNameLen-1], table)
 	binary.NativeEndian.PutUint32(buf[iptSizeOff:], size)
-	domain, level := syscall.AF_INET, syscall.SOL_IP
-	if f == IPv6 {
-		domain, level = syscall.AF_INET6, syscall.SOL_IPV6
-	}
-	fd, err := syscall.Socket(domain, syscall.SOCK_RAW|syscall.SOCK_CLOEXEC, syscall.IPPROTO_RAW)
-	if err != nil {
+	if err := legacyGet(f, iptSoGetEntries, buf); err != nil {
 		return nil, err
-	}
-	defer syscall.Close(fd)
-	length := uint32(len(buf))
-	_, _, errno := syscall.Syscall6(sysGetsockopt, uintptr(fd), uintptr(level), iptSoGetEntries,
-		uintptr(unsafe.Pointer(&buf[0])), uintptr(unsafe.Pointer(&length)), 0)
-	if errno != 0 {
-		return nil, errno
 	}
 	return buf[start:], nil
 }
