@@ -36,12 +36,12 @@ func ExampleBuild() {
 	// -A KUMA_MESH_INBOUND -p tcp -m tcp --dport 9100 -j RETURN
 	// -A KUMA_MESH_INBOUND -p tcp -j REDIRECT --to-ports 15006
 	// -A KUMA_MESH_OUTBOUND -o lo -g KUMA_MESH_OUTBOUND_LOOPBACK
-	// -A KUMA_MESH_OUTBOUND -m owner --uid-owner 5678 -j RETURN
+	// -A KUMA_MESH_OUTBOUND -m owner --uid-owner 5678-5678 -j RETURN
 	// -A KUMA_MESH_OUTBOUND -p tcp -j REDIRECT --to-ports 15001
-	// -A KUMA_MESH_OUTBOUND_LOOPBACK -p tcp -m multiport --dports 15001,15006 -m owner --uid-owner 5678 -j REDIRECT --to-ports 0
+	// -A KUMA_MESH_OUTBOUND_LOOPBACK -p tcp -m multiport --dports 15001,15006 -m owner --uid-owner 5678-5678 -j REDIRECT --to-ports 0
 	// -A KUMA_MESH_OUTBOUND_LOOPBACK -s 127.0.0.6/32 -j RETURN
-	// -A KUMA_MESH_OUTBOUND_LOOPBACK -d 127.0.0.6/32 -m owner --uid-owner 5678 -j KUMA_MESH_INBOUND
-	// -A KUMA_MESH_OUTBOUND_LOOPBACK ! -d 127.0.0.0/8 -m owner --uid-owner 5678 -j KUMA_MESH_INBOUND
+	// -A KUMA_MESH_OUTBOUND_LOOPBACK -d 127.0.0.6/32 -m owner --uid-owner 5678-5678 -j KUMA_MESH_INBOUND
+	// -A KUMA_MESH_OUTBOUND_LOOPBACK ! -d 127.0.0.0/8 -m owner --uid-owner 5678-5678 -j KUMA_MESH_INBOUND
 	// -A KUMA_MESH_OUTBOUND_LOOPBACK -j RETURN
 	// -A KUMA_MESH_RECORD -m comment --comment "kuma-tproxy 1" -j RETURN
 	// COMMIT

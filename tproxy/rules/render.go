@@ -257,10 +257,21 @@ func (m OwnerGID) appendIPTables(b []byte) []byte {
 	return appendOwner(b, " --gid-owner ", m.GIDs, m.Not)
 }
 
+// appendOwner writes one ID as a range too: of "5678" iptables asks the name
+// service for a user of that name first, and there may be one with another UID
+// (owner_parse_uid, extensions/libxt_owner.c). Listed, it is one number again.
 func appendOwner(b []byte, option string, ids UIDs, not bool) []byte {
 	b = append(b, " -m owner"...)
 	b = append(appendNot(b, not), option...)
-	return ids.s.append(b)
+	for i, r := range ids.s {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = strconv.AppendUint(b, uint64(r.First), 10)
+		b = append(b, '-')
+		b = strconv.AppendUint(b, uint64(r.Last), 10)
+	}
+	return b
 }
 
 func (m CTState) appendIPTables(b []byte) []byte {
