@@ -1,6 +1,7 @@
 // Package cli holds the commands by which a host gets transparent proxying and
-// loses it again: leaves named transparent-proxy, which a cobra program mounts
-// under its own install and uninstall. The program kumactl of this module is
+// loses it again, and by which one asks what becomes of a connection: leaves named
+// transparent-proxy, which a cobra program mounts under its own install, uninstall
+// and explain. The program kumactl of this module is
 // [Root] and nothing else.
 //
 // The commands return their errors and never exit; [ExitCode] turns an error
@@ -15,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -31,6 +33,9 @@ type Runner interface {
 	Apply(ctx context.Context, p *tproxy.Plan) (*exec.Report, error)
 	// Remove takes out whatever an install left, whoever made it.
 	Remove(ctx context.Context, o exec.RemoveOptions) (*exec.Report, error)
+	// Live reads the rules that are there, and the ways to the addresses, and
+	// writes nothing.
+	Live(ctx context.Context, to ...netip.Addr) (exec.Live, error)
 }
 
 // Options say how the commands work. The zero Options are those of kumactl.
@@ -58,7 +63,8 @@ func (o Options) runner(cmd *cobra.Command, verbose bool) Runner {
 }
 
 // ExitCode is what a program exits with after err: 0 for nil, 2 for bad flags
-// and bad configuration, 1 for everything else, which left the host as it was.
+// and bad configuration, 1 for everything else, which left the host as it was,
+// and for a verdict that is unknown (*UnknownError).
 func ExitCode(err error) int {
 	switch {
 	case err == nil:

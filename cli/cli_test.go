@@ -161,6 +161,34 @@ func (f fake) Remove(_ context.Context, o exec.RemoveOptions) (*exec.Report, err
 	return r, nil
 }
 
+// Live is the rules of an install, and those of the file LIVE4.
+func (f fake) Live(_ context.Context, to ...netip.Addr) (exec.Live, error) {
+	if err := named(os.Getenv("LIVE")); err != nil {
+		return exec.Live{}, err
+	}
+	l := exec.Live{Local: []netip.Prefix{netip.MustParsePrefix("10.0.0.7/24"), netip.MustParsePrefix("fd00::7/64")}, Routes: map[netip.Addr]exec.Route{}}
+	for i, file := range strings.Fields(os.Getenv("LIVE4")) {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return l, err
+		}
+		set, err := rules.ParseSave(rules.IPv4, text)
+		if err != nil {
+			return l, err
+		}
+		l.Rules = append(l.Rules, exec.LiveRules{Family: rules.IPv4, Backend: tproxy.IPTablesNFT + tproxy.Backend(i), Set: set})
+	}
+	for name := range strings.SplitSeq(os.Getenv("HIDDEN"), ",") {
+		if name != "" {
+			l.Hidden = append(l.Hidden, exec.Hidden{What: name, Hooks: []rules.Hook{rules.Prerouting}})
+		}
+	}
+	for _, a := range to {
+		l.Routes[a] = exec.Route{Interface: "eth0", Source: netip.MustParseAddr("10.0.0.7")}
+	}
+	return l, nil
+}
+
 // foreign is a program that is not ours, with kumactl's persistent flags, and
 // our commands in it.
 func foreign(o cli.Options) (root *cobra.Command, out *bytes.Buffer) {
@@ -173,7 +201,9 @@ func foreign(o cli.Options) (root *cobra.Command, out *bytes.Buffer) {
 	install.AddCommand(cli.InstallTransparentProxy(o))
 	uninstall := &cobra.Command{Use: "uninstall"}
 	uninstall.AddCommand(cli.UninstallTransparentProxy(o))
-	root.AddCommand(install, uninstall)
+	explain := &cobra.Command{Use: "explain"}
+	explain.AddCommand(cli.ExplainTransparentProxy(o))
+	root.AddCommand(install, uninstall, explain)
 	out = new(bytes.Buffer)
 	root.SetOut(out)
 	root.SetErr(out)
@@ -199,6 +229,10 @@ func (r *recorder) Apply(ctx context.Context, p *tproxy.Plan) (*exec.Report, err
 func (r *recorder) Remove(ctx context.Context, o exec.RemoveOptions) (*exec.Report, error) {
 	r.remove, r.ctx = &o, ctx
 	return &exec.Report{Changed: true}, nil
+}
+
+func (r *recorder) Live(context.Context, ...netip.Addr) (exec.Live, error) {
+	return exec.Live{}, nil
 }
 
 func (r *recorder) options() cli.Options {
@@ -233,6 +267,7 @@ func TestHelpHidesForeignFlags(t *testing.T) {
 		{"install", "transparent-proxy", "--help"},
 		{"uninstall", "transparent-proxy", "-h"},
 		{"help", "install", "transparent-proxy"},
+		{"explain", "transparent-proxy", "--help"},
 	} {
 		root, out := foreign(cli.Options{})
 		root.SetArgs(args)
@@ -291,6 +326,7 @@ func TestExitCode(t *testing.T) {
 		{&tproxy.RefusedError{}, 1},
 		{exec.ErrNotRoot, 1},
 		{context.Canceled, 1},
+		{&cli.UnknownError{}, 1},
 		{&tproxy.ConfigError{}, 2},
 		{fmt.Errorf("wrapped: %w", &tproxy.ConfigError{}), 2},
 	} {

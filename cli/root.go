@@ -7,8 +7,8 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// Root returns kumactl, the program of this module: install and uninstall with
-// the commands of this package under them, and --version. Another program mounts
+// Root returns kumactl, the program of this module: install, uninstall and explain
+// with the commands of this package under them, and --version. Another program mounts
 // the commands and does without.
 func Root(o Options) *cobra.Command {
 	if o.Version == "" {
@@ -21,7 +21,9 @@ func Root(o Options) *cobra.Command {
 	install.AddCommand(InstallTransparentProxy(o))
 	uninstall := group("uninstall", "Take out what install put on this host")
 	uninstall.AddCommand(UninstallTransparentProxy(o))
-	root.AddCommand(install, uninstall)
+	explain := group("explain", "Say what becomes of a connection on this host")
+	explain.AddCommand(ExplainTransparentProxy(o))
+	root.AddCommand(install, uninstall, explain)
 	return root
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+	"github.com/kumahq/kuma-tproxy/tproxy/sim"
 	. "github.com/kumahq/kuma-tproxy/tproxy/tproxytest"
 )
 
@@ -49,7 +50,41 @@ func TestGolden(t *testing.T) {
 				section("v6", string(plan.Rules.IPTables(rules.IPv6))),
 				section("steps", steps(plan)),
 				section("walks", Walks(t, plan, Env(), walks)))
+			walkEveryForm(t, plan, walks)
 		})
+	}
+}
+
+// walkEveryForm walks the packets of a section of walks through the rules in each
+// form that they are rendered to, and asks the contract: the table is one for all.
+func walkEveryForm(t *testing.T, plan *tproxy.Plan, walks string) {
+	forms := forms(t, plan.Rules)
+	for line := range strings.Lines(walks) {
+		packet, want, _ := strings.Cut(strings.TrimSpace(line), " => ")
+		if packet == "" || packet[0] == '#' || want == "" {
+			continue
+		}
+		p, err := sim.ParsePacket(packet)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		word, _, _ := strings.Cut(want, " # ")
+		if row, v := Expect(plan.Config, plan.Host, Env(), p); Word(plan.Config, v) != word {
+			t.Errorf("%s: row %s of the contract says %s", line, row, Word(plan.Config, v))
+		}
+		for name, sets := range forms {
+			trace := sim.Walk(sets[p.Family()], Env(), p)
+			got := Word(plan.Config, trace.Verdict)
+			if plan.Config.DisableComments {
+				want = word // the kernel has no reasons
+			} else {
+				got += " # " + trace.Reason
+			}
+			if got != want {
+				t.Errorf("%s: %s => %s, wanted %s", name, packet, got, want)
+			}
+		}
 	}
 }
 

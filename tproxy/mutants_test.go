@@ -151,6 +151,29 @@ func TestEveryTheoremCanFail(t *testing.T) {
 	}
 }
 
+// Theorem 6 speaks of the same rules in other forms: one that loses a rule is seen.
+func TestOtherFormsCanFail(t *testing.T) {
+	whole, err := NewCase(full, fullHost, Env())
+	if err != nil {
+		t.Fatal(err)
+	}
+	packets := Packets(whole.Config, whole.Host, whole.Env)
+	for _, m := range mutants {
+		if m.change != nil {
+			continue
+		}
+		less := whole
+		less.Rules, _ = mutate(whole.Rules, m.why, nil)
+		forms, found := forms(t, less.Rules), false
+		for seed := 0; seed < 10000 && !found; seed++ {
+			found = disagree(whole, forms, packets.Example(seed)) != nil
+		}
+		if !found {
+			t.Errorf("rendered without %q, no packet fares otherwise", m.why)
+		}
+	}
+}
+
 // Theorems 5 and 8 speak of scripts: a Config with another list gives other
 // bytes, and a line in a comment is not rendered.
 func TestScriptTheoremsCanFail(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -40,7 +41,63 @@ func TestExcludedPortsNeverRedirect(t *testing.T) { holds(t, 1) }
 
 func TestSSHNeverRedirectedUnasked(t *testing.T) { holds(t, 2) }
 
-func TestProxyNeverLoops(t *testing.T) { holds(t, 3) }
+// TestProxyNeverLoops also counts the flows that are the hard ones: each kind has
+// to be among those that were followed.
+func TestProxyNeverLoops(t *testing.T) {
+	var mu sync.Mutex
+	hits := map[string]int{}
+	holds(t, 3, func(c Case, p sim.Packet) error {
+		mu.Lock()
+		defer mu.Unlock()
+		plan, err := tproxy.Build(c.Config, c.Host)
+		if err != nil {
+			return err
+		}
+		x, port, to := plan.Config, p.Destination.Port(), p.Destination.Addr()
+		who := "an app"
+		if plan.ProxyUIDs.Contains(p.UID) {
+			who = "the proxy"
+		}
+		if p.Path == sim.In {
+			who = "outside"
+		}
+		local := p.Path == sim.In || p.Path == sim.Out && c.Env.IsLocal(to)
+		if p.Protocol == rules.TCP && local && p.State == sim.New {
+			v6 := p.Family() == rules.IPv6 && (x.IPFamilyMode == tproxy.IPv4Only || c.Host.IPv6Off != "")
+			for name, q := range map[string]uint16{"in": x.Inbound.Port, "out": x.Outbound.Port} {
+				if port == q {
+					hits["to "+name+" from "+who]++
+				}
+				if port == q && v6 {
+					hits["to "+name+" over IPv6 that is off"]++
+				}
+			}
+		}
+		if p.Protocol == rules.UDP && x.DNS.On() {
+			if port == x.DNS.Port && local {
+				hits["to dns from "+who]++
+			}
+			for _, r := range c.Host.LocalResolvers {
+				switch {
+				case port == 53 && to == r.Address:
+					hits["query to a local resolver from "+who]++
+				case port == 53 && p.Path == sim.Out && p.UID == r.UID:
+					hits["query of a local resolver"]++
+				}
+			}
+		}
+		return nil
+	})
+	for _, kind := range []string{"to in from an app", "to in from the proxy", "to in from outside", "to in over IPv6 that is off",
+		"to out from an app", "to out from the proxy", "to out from outside", "to out over IPv6 that is off",
+		"to dns from an app", "to dns from outside",
+		"query to a local resolver from an app", "query to a local resolver from the proxy", "query of a local resolver"} {
+		if hits[kind] == 0 {
+			t.Errorf("no flow %s", kind)
+		}
+	}
+	t.Log(hits)
+}
 
 // TestTotality also counts how many packets were judged by each row: one that
 // no packet reached was not tested.
@@ -101,35 +158,134 @@ func TestHostOrderNeverMatters(t *testing.T) {
 	})
 }
 
-// TestWalkAgreesWithWhatIsRendered compares walks through the rules as data, as
-// iptables holds them, and as it prints them.
-func TestWalkAgreesWithWhatIsRendered(t *testing.T) {
+// forms are the rules of each family as iptables holds them, and as it prints
+// them.
+func forms(t Fataler, s rules.Set) map[string]map[rules.Family]rules.Set {
+	t.Helper()
+	out := map[string]map[rules.Family]rules.Set{"lowered": {}, "rendered and parsed": {}}
+	for _, f := range rules.Families() {
+		parsed, err := rules.ParseSave(f, saved(s, f))
+		if err != nil {
+			t.Fatalf("%v", err)
+		}
+		out["lowered"][f], out["rendered and parsed"][f] = s.Lower(f), parsed
+	}
+	return out
+}
+
+// disagree says in which form a packet fares otherwise than in the plan.
+func disagree(c Case, forms map[string]map[rules.Family]rules.Set, p sim.Packet) error {
+	trace := sim.Walk(c.Rules, c.Env, p)
+	if got := sim.Decide(c.Rules, c.Env, p); got != trace.Verdict {
+		return fmt.Errorf("Decide says %s\n%s", got, trace)
+	}
+	for form, sets := range forms {
+		if got := sim.Decide(sets[p.Family()], c.Env, p); got != trace.Verdict {
+			return fmt.Errorf("%s: %s\n%s", form, got, trace)
+		}
+	}
+	return nil
+}
+
+// TestEveryFormGivesTheSameVerdict compares walks through the rules as data, as
+// iptables holds them, and as it prints them. That the kernel agrees is tested in
+// tproxy/exec.
+func TestEveryFormGivesTheSameVerdict(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		c := Draw(t, Configs().Draw(t, "config"))
+		forms := forms(t, c.Rules)
 		packets := Packets(c.Config, c.Host, c.Env)
-		lowered, parsed := map[rules.Family]rules.Set{}, map[rules.Family]rules.Set{}
-		for _, f := range rules.Families() {
-			lowered[f] = c.Rules.Lower(f)
-			set, err := rules.ParseSave(f, saved(c.Rules, f))
-			if err != nil {
-				t.Fatal(err)
-			}
-			parsed[f] = set
-		}
 		for range 100 {
-			p := packets.Draw(t, "packet")
-			want := sim.Decide(c.Rules, c.Env, p)
-			if got := sim.Decide(lowered[p.Family()], c.Env, p); got != want {
-				t.Fatalf("lowered: %s\n%s", got, sim.Walk(c.Rules, c.Env, p))
-			}
-			if got := sim.Decide(parsed[p.Family()], c.Env, p); got != want {
-				t.Fatalf("rendered and parsed: %s\n%s", got, sim.Walk(c.Rules, c.Env, p))
-			}
-			if got := sim.Walk(c.Rules, c.Env, p).Verdict; got != want {
-				t.Fatalf("Walk says %s, Decide %s", got, want)
+			if err := disagree(c, forms, packets.Draw(t, "packet")); err != nil {
+				t.Fatal(err)
 			}
 		}
 	})
+}
+
+// twin is the IPv6 address that is to IPv6 what the IPv4 address is to IPv4.
+func twin(a netip.Addr) netip.Addr {
+	switch {
+	case a.Is6():
+		return a
+	case a == netip.MustParseAddr("127.0.0.6"):
+		return netip.MustParseAddr("::6")
+	case a.IsLoopback():
+		return netip.IPv6Loopback()
+	}
+	b, low := netip.MustParseAddr("fd64::").As16(), a.As4()
+	copy(b[12:], low[:])
+	return netip.AddrFrom16(b)
+}
+
+// twins are IPv4 prefixes that hold nothing of 127.0.0.0/8, of which IPv6 has one
+// address, and their twins.
+func twins(list []netip.Prefix) (out []netip.Prefix) {
+	for _, p := range list {
+		if p.Addr().Is4() && !p.Overlaps(netip.MustParsePrefix("127.0.0.0/8")) {
+			out = append(out, p, netip.PrefixFrom(twin(p.Addr()), 96+p.Bits()))
+		}
+	}
+	return out
+}
+
+// TestFamiliesGiveTheSameVerdict: a Config that says the same of both families
+// treats a packet of IPv4 and its twin of IPv6 alike, and IPv4 alone leaves the
+// twin untouched.
+func TestFamiliesGiveTheSameVerdict(t *testing.T) {
+	var mu sync.Mutex
+	hits := map[sim.Kind]int{}
+	rapid.Check(t, func(t *rapid.T) {
+		cfg := Configs().Draw(t, "config")
+		host := Hosts(cfg).Draw(t, "host")
+		cfg.Inbound.ExcludeIPs, cfg.Outbound.ExcludeIPs = twins(cfg.Inbound.ExcludeIPs), twins(cfg.Outbound.ExcludeIPs)
+		var servers []netip.Addr
+		for _, a := range host.Nameservers {
+			if a.Is4() && !a.IsLoopback() {
+				servers = append(servers, a, twin(a))
+			}
+		}
+		host.Nameservers = servers
+		env := sim.EnvOf()
+		for _, p := range Env().Local {
+			if p.Addr().Is4() {
+				env.Local = append(env.Local, sim.EnvOf(p.Addr(), twin(p.Addr())).Local...)
+			}
+		}
+		c, err := NewCase(cfg, host, env)
+		if errors.As(err, new(*tproxy.RefusedError)) {
+			t.Skip(err)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		packets := Packets(cfg, host, env)
+		for range 100 {
+			p := packets.Draw(t, "packet")
+			if p.Family() == rules.IPv6 {
+				continue
+			}
+			q := p
+			q.Source = netip.AddrPortFrom(twin(p.Source.Addr()), p.Source.Port())
+			q.Destination = netip.AddrPortFrom(twin(p.Destination.Addr()), p.Destination.Port())
+			want := sim.Decide(c.Rules, env, p)
+			if cfg.IPFamilyMode == tproxy.IPv4Only || host.IPv6Off != "" {
+				want = sim.Verdict{Kind: sim.Untouched}
+			}
+			if got := sim.Decide(c.Rules, env, q); got != want {
+				t.Fatalf("wanted %s\n%s\n%s", want, sim.Walk(c.Rules, env, p), sim.Walk(c.Rules, env, q))
+			}
+			mu.Lock()
+			hits[want.Kind]++
+			mu.Unlock()
+		}
+	})
+	t.Log(hits)
+	for _, k := range []sim.Kind{sim.Untouched, sim.Redirected, sim.Refused} {
+		if hits[k] == 0 {
+			t.Errorf("no packet was %s", k)
+		}
+	}
 }
 
 // saved is the script of a Set as iptables-save would list it: with the built-in

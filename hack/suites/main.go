@@ -5,6 +5,8 @@
 //	fakes    the executor on a fake machine, programs that a test put on PATH
 //	kernel   real packets and the real iptables, in network namespaces
 //	cli      the module cli, its own kernel tests included
+//	mutate   every rule and match of many plans changed in turn (make test-all)
+//	differential  random configs, random real flows (make test-all)
 //	runtime  firewalld and container runtimes (make test-all)
 //	systemd  systemd as the first process (make test-all)
 //
@@ -33,12 +35,12 @@ import (
 const module = "github.com/kumahq/kuma-tproxy"
 
 func main() {
-	all := flag.Bool("all", false, "the suites runtime and systemd too")
+	all := flag.Bool("all", false, "the suites mutate, differential, runtime and systemd too")
 	verbose := flag.Bool("v", false, "print each test that was skipped")
 	flag.Parse()
 	names := []string{"pure", "fakes", "kernel", "cli"}
 	if *all {
-		names = append(names, "runtime", "systemd")
+		names = append(names, "mutate", "differential", "runtime", "systemd")
 	}
 	ok, err := run(names, *verbose, flag.Args())
 	if err != nil {
@@ -168,6 +170,10 @@ func suiteOf(file, name, text string) string {
 		return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(base, w) })
 	}
 	switch {
+	case has("mutate"):
+		return "mutate"
+	case has("differential"):
+		return "differential"
 	case has("systemd"):
 		return "systemd"
 	case has("firewalld", "runtime", "podman", "containerd"):

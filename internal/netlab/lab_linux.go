@@ -88,7 +88,7 @@ func New(ctx context.Context) (*Lab, error) {
 		err = l.ip(ctx, l.Host, "route add default via 10.0.0.1", "route add default via fd00::1")
 	}
 	if err == nil {
-		err = errors.Join(l.settled(l.Host), l.settled(l.Client))
+		err = errors.Join(l.Settle(l.Host), l.Settle(l.Client))
 	}
 	if err != nil {
 		l.Close()
@@ -97,10 +97,10 @@ func New(ctx context.Context) (*Lab, error) {
 	return l, nil
 }
 
-// settled waits for what the kernel does a little later than it says: the address
+// Settle waits for what the kernel does a little later than it says: the address
 // of the link, and the routes to IPv6 addresses (addrconf_dad_start,
 // net/ipv6/addrconf.c).
-func (l *Lab) settled(n *Namespace) error {
+func (l *Lab) Settle(n *Namespace) error {
 	return l.In(n, func() error {
 		for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
 			addresses, err := os.ReadFile("/proc/thread-self/net/if_inet6")
@@ -157,7 +157,7 @@ func (l *Lab) AddContainer(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	return errors.Join(l.settled(l.Host), l.settled(l.Container))
+	return errors.Join(l.Settle(l.Host), l.Settle(l.Container))
 }
 
 // Close ends every server of the lab and every process that was started in its

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
 	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/procfs"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 	"github.com/kumahq/kuma-tproxy/tproxy/tproxytest"
@@ -30,6 +31,10 @@ type fakeMachine struct {
 	noIPv6    string
 	notRoot   bool
 	missing   map[string]bool // programs
+	nftBases  []kernel.NFTBase
+	natives   map[string][]string // by family and table
+	routes    map[netip.Addr]kernel.Route
+	local     []netip.Prefix
 	held      bool
 	dead      bool   // nothing more can be written
 	onLock    func() // what happens while we wait for the lock
@@ -172,6 +177,14 @@ func (m *fakeMachine) hasRules(nft bool, f rules.Family, t rules.Table) (bool, e
 
 func (m *fakeMachine) foreignTables() ([]string, error) { return nil, nil }
 
+func (m *fakeMachine) bases() ([]kernel.NFTBase, error) { return m.nftBases, nil }
+
+func (m *fakeMachine) native(f rules.Family, t rules.Table) ([]string, error) {
+	return m.natives[fmt.Sprintf("%s %s", nftFamily(f), t)], nil
+}
+
+func (m *fakeMachine) routeTo(a netip.Addr) (kernel.Route, error) { return m.routes[a], nil }
+
 func (m *fakeMachine) ipv6Off() (bool, string, error) { return m.noIPv6 != "", m.noIPv6, nil }
 
 func (m *fakeMachine) hasAddress(a netip.Addr) (bool, error) { return m.addresses[hostPrefix(a)], nil }
@@ -200,7 +213,7 @@ func (m *fakeMachine) delAddress(p netip.Prefix) (bool, error) {
 	return true, nil
 }
 
-func (m *fakeMachine) localAddresses() ([]netip.Prefix, error) { return nil, nil }
+func (m *fakeMachine) localAddresses() ([]netip.Prefix, error) { return m.local, nil }
 
 func (m *fakeMachine) lock(context.Context, time.Duration) (lock, error) {
 	if m.held {

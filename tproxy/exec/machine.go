@@ -57,12 +57,17 @@ type machine interface {
 	hasRules(nft bool, f rules.Family, t rules.Table) (bool, error)
 	// foreignTables lists the tables of nftables that iptables does not show.
 	foreignTables() ([]string, error)
+	// bases lists the base chains of nftables, empty tables of others left out,
+	// and native what iptables-nft-save does not show in a table of iptables.
+	bases() ([]kernel.NFTBase, error)
+	native(f rules.Family, t rules.Table) ([]string, error)
 
 	ipv6Off() (off bool, why string, err error)
 	hasAddress(netip.Addr) (bool, error)
 	addAddress(netip.Prefix) (bool, error)
 	delAddress(netip.Prefix) (bool, error)
 	localAddresses() ([]netip.Prefix, error)
+	routeTo(netip.Addr) (kernel.Route, error)
 
 	// lock keeps two runs in one network namespace apart.
 	lock(ctx context.Context, wait time.Duration) (lock, error)
@@ -204,6 +209,32 @@ func (system) foreignTables() ([]string, error) {
 	}
 	return out, err
 }
+
+func (system) bases() ([]kernel.NFTBase, error) {
+	all, err := kernel.NFTBases()
+	if errors.Is(err, errors.ErrUnsupported) {
+		return nil, nil
+	}
+	var out []kernel.NFTBase
+	for _, b := range all {
+		// A chain that accepts, of a table without rules, as Debian's nftables.conf
+		// brings it, does nothing.
+		holds := b.Drops
+		if err == nil && !holds {
+			holds, err = kernel.NFTRules(b.Table.Family, b.Table.Name)
+		}
+		if holds {
+			out = append(out, b)
+		}
+	}
+	return out, err
+}
+
+func (system) native(f rules.Family, t rules.Table) ([]string, error) {
+	return kernel.NFTNative(nftFamily(f), string(t))
+}
+
+func (system) routeTo(a netip.Addr) (kernel.Route, error) { return kernel.RouteTo(a) }
 
 func (system) ipv6Off() (bool, string, error)             { return kernel.IPv6Off() }
 func (system) hasAddress(a netip.Addr) (bool, error)      { return kernel.HasLoopbackAddress(a) }

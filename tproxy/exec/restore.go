@@ -23,32 +23,47 @@ type live struct {
 	references []rules.Reference
 }
 
+// savedText is what iptables-save prints of a family, and the step that it is.
+func (s *session) savedText(ctx context.Context, v tproxy.Variant, f rules.Family) (text []byte, step string, err error) {
+	path := v.For(f).Save
+	step = fmt.Sprintf("reading the %s rules of %s", f, v.Backend)
+	r, err := s.run(ctx, command{Path: path})
+	if err != nil {
+		return nil, step, &ApplyError{Step: step, Family: f, Program: path, Err: err}
+	}
+	if r.Exit != 0 {
+		return nil, step, s.failure(ctx, step, f, v, path, nil, r)
+	}
+	return r.Stdout, step, nil
+}
+
 // save reads the rules of a family.
 func (s *session) save(ctx context.Context, v tproxy.Variant, f rules.Family) (live, error) {
 	path := v.For(f).Save
-	step := fmt.Sprintf("reading the %s rules of %s", f, v.Backend)
-	r, err := s.run(ctx, command{Path: path})
+	text, step, err := s.savedText(ctx, v, f)
 	if err != nil {
-		return live{}, &ApplyError{Step: step, Family: f, Program: path, Err: err}
-	}
-	if r.Exit != 0 {
-		return live{}, s.failure(ctx, step, f, v, path, nil, r)
+		return live{}, err
 	}
 	// iptables-nft-save passes over a table that holds what iptables cannot say.
 	for _, t := range []rules.Table{rules.NAT, rules.Raw} {
-		if bytes.Contains(r.Stdout, fmt.Appendf(nil, "# Table `%s' is incompatible, use 'nft' tool", t)) {
+		if incompatible(text, t) {
 			return live{}, &ApplyError{Step: step, Family: f, Table: t, Program: path,
 				Err:    fmt.Errorf("table %s %s holds rules that were made with nft and that iptables cannot read", nftFamily(f), t),
 				Remedy: fmt.Sprintf("move them to a table of another name and run this again (to see them: nft list table %s %s); install can use --backend iptables-legacy as well", nftFamily(f), t)}
 		}
 	}
-	all, err := rules.ParseSave(f, r.Stdout)
+	all, err := rules.ParseSave(f, text)
 	if err != nil {
 		return live{}, &ApplyError{Step: step, Family: f, Program: path, Err: err}
 	}
 	l := live{all: all}
 	l.ours, l.references = all.Ours(f, tproxy.Known())
 	return l, nil
+}
+
+// incompatible reports whether iptables-nft-save passed over a table.
+func incompatible(text []byte, t rules.Table) bool {
+	return bytes.Contains(text, fmt.Appendf(nil, "# Table `%s' is incompatible, use 'nft' tool", t))
 }
 
 // restore feeds a script to iptables-restore.

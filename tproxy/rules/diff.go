@@ -22,7 +22,7 @@ func sameMatch(a, b Match) bool {
 		return ok && a.Not == b.Not && samePrefixes(a.Prefixes, b.Prefixes)
 	case SourcePorts:
 		b, ok := b.(SourcePorts)
-		return ok && a.Ports.Equal(b.Ports)
+		return ok && a.Not == b.Not && a.Ports.Equal(b.Ports)
 	case DestinationPorts:
 		b, ok := b.(DestinationPorts)
 		return ok && a.Not == b.Not && a.Ports.Equal(b.Ports)

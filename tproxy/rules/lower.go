@@ -92,7 +92,7 @@ func alternatives(m Match, f Family) (choices []Match, plain bool) {
 			return nil, true
 		}
 		for p := range m.Ports.packs() {
-			choices = append(choices, SourcePorts{p})
+			choices = append(choices, SourcePorts{Ports: p})
 		}
 		return choices, false
 	case DestinationPorts:

@@ -108,16 +108,20 @@ func (g setGen) rule(table Table, h Hook, output bool, targets []string) Rule {
 		add(proto)
 	}
 	if proto == TCP && rapid.Bool().Draw(t, "syn") {
-		add(SYN{})
+		add(SYN{rapid.Bool().Draw(t, "not")})
 	}
 	if proto == TCP || proto == UDP {
 		if g.flag("source ports", 4) {
-			add(SourcePorts{genPorts.Filter(nonEmpty).Draw(t, "source ports")})
+			p := genPorts.Filter(nonEmpty).Draw(t, "source ports")
+			add(SourcePorts{p, p.slots() <= maxSlots && rapid.Bool().Draw(t, "not")})
 		}
 		if rapid.Bool().Draw(t, "ports") {
 			p := genPorts.Filter(nonEmpty).Draw(t, "ports")
 			add(DestinationPorts{p, p.slots() <= maxSlots && rapid.Bool().Draw(t, "not")})
 		}
+	}
+	if g.flag("from local", 5) {
+		add(SourceLocal{rapid.Bool().Draw(t, "not")})
 	}
 	if g.flag("local", 4) {
 		add(DestinationLocal{rapid.Bool().Draw(t, "not")})
@@ -137,7 +141,15 @@ func (g setGen) rule(table Table, h Hook, output bool, targets []string) Rule {
 		slices.Sort(states)
 		add(CTState{strings.Join(states, ","), rapid.Bool().Draw(t, "not")})
 	}
-	actions := []Action{Return{}, Accept{}, Nothing{}}
+	bits := rapid.SampledFrom([]uint32{0, 1, 0x4000, 1<<32 - 1})
+	if g.flag("mark", 5) {
+		add(Mark{bits.Draw(t, "mark"), bits.Draw(t, "mask"), rapid.Bool().Draw(t, "not")})
+	}
+	actions := []Action{Return{}, Accept{}, Nothing{}, SetMark{bits.Draw(t, "mark"), bits.Draw(t, "mask")}}
+	if !g.kernel { // one address does not do for both families
+		actions = append(actions, Translate{Target: "DNAT", To: "192.0.2.1", Random: rapid.Bool().Draw(t, "random"), Persistent: rapid.Bool().Draw(t, "persistent")},
+			Translate{Target: "SNAT", To: "192.0.2.1-192.0.2.9"}, Translate{Target: "MASQUERADE", RandomFully: true})
+	}
 	if table != NAT || !g.kernel {
 		actions = append(actions, Drop{})
 	}
@@ -154,7 +166,7 @@ func (g setGen) rule(table Table, h Hook, output bool, targets []string) Rule {
 		}
 	}
 	if table == Raw || !g.kernel {
-		actions = append(actions, CTZone{rapid.Uint16Min(1).Draw(t, "zone")})
+		actions = append(actions, NoTrack{}, CTZone{rapid.Uint16Min(1).Draw(t, "zone")})
 	}
 	for _, name := range targets {
 		actions = append(actions, Jump{name}, Goto{name})

@@ -211,10 +211,10 @@ func (p Protocol) appendIPTables(b []byte) []byte {
 	return strconv.AppendUint(b, uint64(p), 10)
 }
 
-func (SYN) appendIPTables(b []byte) []byte { return append(b, " --syn"...) }
+func (m SYN) appendIPTables(b []byte) []byte { return append(appendNot(b, m.Not), " --syn"...) }
 
 func (m SourcePorts) appendIPTables(b []byte) []byte {
-	return appendPorts(b, " --sport ", " -m multiport --sports ", m.Ports, false)
+	return appendPorts(b, " --sport ", " -m multiport --sports ", m.Ports, m.Not)
 }
 
 func (m DestinationPorts) appendIPTables(b []byte) []byte {
@@ -242,6 +242,11 @@ func appendPorts(b []byte, single, multi string, p Ports, not bool) []byte {
 		}
 	}
 	return b
+}
+
+func (m SourceLocal) appendIPTables(b []byte) []byte {
+	b = append(b, " -m addrtype"...)
+	return append(appendNot(b, m.Not), " --src-type LOCAL"...)
 }
 
 func (m DestinationLocal) appendIPTables(b []byte) []byte {
@@ -279,6 +284,22 @@ func (m CTState) appendIPTables(b []byte) []byte {
 	return append(append(appendNot(b, m.Not), " --ctstate "...), m.States...)
 }
 
+func (m Mark) appendIPTables(b []byte) []byte {
+	b = append(appendNot(append(b, " -m mark"...), m.Not), " --mark "...)
+	b = appendHex(b, m.Value)
+	if m.Mask != allBits {
+		b = appendHex(append(b, '/'), m.Mask)
+	}
+	return b
+}
+
+// allBits is the mask that iptables-save leaves out.
+const allBits = 1<<32 - 1
+
+func appendHex(b []byte, n uint32) []byte {
+	return strconv.AppendUint(append(b, "0x"...), uint64(n), 16)
+}
+
 func (o Opaque) appendIPTables(b []byte) []byte { return append(append(b, ' '), o.text...) }
 
 func (Return) appendAction(b []byte) []byte  { return append(b, " -j RETURN"...) }
@@ -303,6 +324,40 @@ func (a Redirect) appendAction(b []byte) []byte {
 
 func (a CTZone) appendAction(b []byte) []byte {
 	return strconv.AppendUint(append(b, " -j CT --zone "...), uint64(a.Zone), 10)
+}
+
+func (NoTrack) appendAction(b []byte) []byte { return append(b, " -j CT --notrack"...) }
+
+func (a SetMark) appendAction(b []byte) []byte {
+	b = appendHex(append(b, " -j MARK --set-xmark "...), a.Value)
+	return appendHex(append(b, '/'), a.Mask)
+}
+
+func (a Translate) appendAction(b []byte) []byte {
+	b = append(append(b, " -j "...), a.Target...)
+	if a.To != "" {
+		b = append(append(b, a.option()...), a.To...)
+	}
+	for _, o := range []struct {
+		is   bool
+		text string
+	}{{a.Random, " --random"}, {a.RandomFully, " --random-fully"}, {a.Persistent, " --persistent"}} {
+		if o.is {
+			b = append(b, o.text...)
+		}
+	}
+	return b
+}
+
+// option is the one that To stands behind.
+func (a Translate) option() string {
+	switch a.Target {
+	case "DNAT":
+		return " --to-destination "
+	case "SNAT":
+		return " --to-source "
+	}
+	return " --to-ports "
 }
 
 func (o Opaque) appendAction(b []byte) []byte { return append(append(b, ' '), o.text...) }

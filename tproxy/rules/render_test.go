@@ -27,7 +27,7 @@ func TestRenderRules(t *testing.T) {
 		{"multiport", Rule{Matches: tcp(DestinationPorts{Ports: MustPorts("22,80-90")}), Action: Return{}}, "-p tcp -m multiport --dports 22,80:90 -j RETURN"},
 		{"negated", Rule{Matches: tcp(DestinationPorts{Ports: Port(22), Not: true}), Action: Return{}}, "-p tcp -m tcp ! --dport 22 -j RETURN"},
 		{"negated multiport", Rule{Matches: tcp(DestinationPorts{Ports: MustPorts("1,3"), Not: true}), Action: Return{}}, "-p tcp -m multiport ! --dports 1,3 -j RETURN"},
-		{"syn and ports name tcp once", Rule{Matches: tcp(SYN{}, SourcePorts{Port(1)}, DestinationPorts{Ports: Port(2)}), Action: Return{}}, "-p tcp -m tcp --syn --sport 1 --dport 2 -j RETURN"},
+		{"syn and ports name tcp once", Rule{Matches: tcp(SYN{}, SourcePorts{Ports: Port(1)}, DestinationPorts{Ports: Port(2)}), Action: Return{}}, "-p tcp -m tcp --syn --sport 1 --dport 2 -j RETURN"},
 		{"comments last", Rule{Matches: tcp(DestinationLocal{}, OwnerUID{UIDs: MustUIDs("5678")}, CTState{States: "NEW"}), Action: Jump{"A"}, Why: "why"},
 			`-p tcp -m addrtype --dst-type LOCAL -m owner --uid-owner 5678-5678 -m conntrack --ctstate NEW -m comment --comment "why" -j A`},
 		{"quoting", Rule{Action: Goto{"A"}, Why: `a "b" \ it's`}, `-m comment --comment "a \"b\" \\ it's" -g A`},

@@ -187,16 +187,23 @@ type OutInterface struct {
 
 // SYN matches the packet that opens a TCP connection: of FIN, SYN, RST and ACK
 // it has SYN alone (--syn in iptables-extensions(8)). The rule needs TCP.
-type SYN struct{}
+type SYN struct{ Not bool }
 
 // SourcePorts matches the source port. The rule needs TCP or UDP.
-type SourcePorts struct{ Ports Ports }
+type SourcePorts struct {
+	Ports Ports
+	Not   bool
+}
 
 // DestinationPorts matches the destination port. The rule needs TCP or UDP.
 type DestinationPorts struct {
 	Ports Ports
 	Not   bool
 }
+
+// SourceLocal matches packets from an address of this host (addrtype
+// --src-type LOCAL in iptables-extensions(8)).
+type SourceLocal struct{ Not bool }
 
 // DestinationLocal matches packets to an address of this host (addrtype
 // --dst-type LOCAL in iptables-extensions(8), fib daddr type local in nft(8)).
@@ -221,6 +228,13 @@ type OwnerGID struct {
 type CTState struct {
 	States string
 	Not    bool
+}
+
+// Mark matches packets whose mark has Value in the bits of Mask (-m mark in
+// iptables-extensions(8)).
+type Mark struct {
+	Value, Mask uint32
+	Not         bool
 }
 
 // Action is what a rule does with the packets it matches. The types of this
@@ -255,6 +269,26 @@ type Redirect struct{ Port uint16 }
 // iptables-extensions(8)) and goes on with the next rule. Only in raw.
 type CTZone struct{ Zone uint16 }
 
+// NoTrack keeps the packet out of connection tracking, and so out of nat (CT
+// --notrack in iptables-extensions(8)), and goes on with the next rule. Only in
+// raw.
+type NoTrack struct{}
+
+// SetMark gives the packet another mark, its own with the bits of Mask cleared
+// and those of Value flipped (MARK --set-xmark in iptables-extensions(8)), and
+// goes on with the next rule.
+type SetMark struct{ Value, Mask uint32 }
+
+// Translate changes an address of the connection (DNAT, SNAT and MASQUERADE in
+// iptables-extensions(8)). No rule of ours does: it is how others answer first.
+type Translate struct {
+	Target string // DNAT, SNAT or MASQUERADE
+	// To is the address, the range of addresses, the ports or both, such as
+	// "172.17.0.2:80", as it is listed; empty for a MASQUERADE without ports.
+	To                              string
+	Random, RandomFully, Persistent bool
+}
+
 // Opaque is a match or an action that ParseSave does not know. Nothing else
 // makes one with a text; the renderer refuses it.
 type Opaque struct{ text string }
@@ -278,11 +312,13 @@ func (Protocol) rank() int         { return 4 }
 func (SYN) rank() int              { return 5 }
 func (SourcePorts) rank() int      { return 6 }
 func (DestinationPorts) rank() int { return 7 }
-func (DestinationLocal) rank() int { return 8 }
-func (OwnerUID) rank() int         { return 9 }
-func (OwnerGID) rank() int         { return 10 }
-func (CTState) rank() int          { return 11 }
-func (Opaque) rank() int           { return 12 }
+func (SourceLocal) rank() int      { return 8 }
+func (DestinationLocal) rank() int { return 9 }
+func (OwnerUID) rank() int         { return 10 }
+func (OwnerGID) rank() int         { return 11 }
+func (CTState) rank() int          { return 12 }
+func (Mark) rank() int             { return 13 }
+func (Opaque) rank() int           { return 14 }
 
 // Normalize puts the matches in canonical order, so that rules with the same
 // meaning compare as equal.
@@ -480,6 +516,9 @@ func (r *Rule) check(bad func(string, ...any)) {
 			if !ports || m.Ports.IsEmpty() {
 				bad("source ports without tcp or udp, or none")
 			}
+			if m.Not && m.Ports.slots() > maxSlots {
+				bad("more than %d ports cannot be negated in one rule", maxSlots)
+			}
 		case DestinationPorts:
 			if !ports || m.Ports.IsEmpty() {
 				bad("destination ports without tcp or udp, or none")
@@ -525,6 +564,10 @@ func (r *Rule) check(bad func(string, ...any)) {
 		if !ports {
 			bad("redirect without tcp or udp")
 		}
+	case Translate:
+		if !a.valid(ports) {
+			bad("%q is no translation", strings.TrimSpace(string(a.appendAction(nil))))
+		}
 	case Reject:
 		if a.With != "" && !validName(a.With) {
 			bad("%q is no way to reject", a.With)
@@ -538,6 +581,26 @@ func (r *Rule) check(bad func(string, ...any)) {
 	if !isPrintable(r.Why) {
 		bad("comment %q holds more than printable ASCII", r.Why)
 	}
+}
+
+// valid reports whether iptables can say it; ports is whether the rule is about a
+// protocol that has them.
+func (a Translate) valid(ports bool) bool {
+	if strings.Trim(a.To, "0123456789abcdefABCDEF.:[]-/") != "" || strings.HasPrefix(a.To, "-") {
+		return false
+	}
+	// A port is behind the address of IPv4, behind the bracket of IPv6, or alone.
+	hasPort := strings.HasPrefix(a.To, ":") && strings.Count(a.To, ":") == 1 || strings.Contains(a.To, "]:") ||
+		strings.Contains(a.To, ".") && strings.Contains(a.To, ":")
+	switch a.Target {
+	case "DNAT":
+		return a.To != "" && !a.RandomFully && (ports || !hasPort)
+	case "SNAT":
+		return a.To != "" && (ports || !hasPort)
+	case "MASQUERADE":
+		return !a.Persistent && (a.To == "" || ports)
+	}
+	return false
 }
 
 func isPrintable(s string) bool {

@@ -4,6 +4,9 @@
 // says what becomes of the packet and which rules it met, [Decide] the first
 // alone, and [Follow] goes on through the proxy until the connection ends.
 //
+// A DNAT rule of others ends the walk: the packet goes elsewhere. [WalkAll] walks
+// through the rules of both variants of iptables at once.
+//
 // What a walk cannot know, such as a match that the parser left opaque, makes
 // the verdict [Unknown]; it is never guessed and never skipped. Source NAT
 // (nat INPUT and POSTROUTING) is not walked: it does not change where a packet

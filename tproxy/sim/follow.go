@@ -117,6 +117,9 @@ func (f follower) follow(p Packet, so []Hop) ([]Hop, End) {
 	case Dropped:
 		return so, Discarded
 	}
+	if v.Elsewhere {
+		return so, Delivered
+	}
 	here := p.Path == In || p.Path == Out && f.env.IsLocal(p.Destination.Addr())
 	port := p.Destination.Port()
 	if v.Kind == Redirected {

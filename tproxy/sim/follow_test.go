@@ -32,7 +32,8 @@ func TestFollow(t *testing.T) {
 		-A OUTPUT -p tcp -j REDIRECT --to-ports 15001
 		-A OUTPUT -p udp -m udp --dport 53 -j REDIRECT --to-ports 15053`)
 	drop := save(t, rules.IPv4, "*filter\n:INPUT DROP [0:0]")
-	unknown := save(t, rules.IPv4, "*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -j DNAT --to-destination 10.0.0.1")
+	unknown := save(t, rules.IPv4, "*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -m bpf --bytecode x -j ACCEPT")
+	dnat := save(t, rules.IPv4, "*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -d 10.96.0.1/32 -j DNAT --to-destination 10.0.0.7")
 	only4 := proxy
 	only4.IPv4Only = true
 	for _, test := range []struct {
@@ -91,6 +92,9 @@ func TestFollow(t *testing.T) {
 		{"dropped", drop, proxy, `
 			in tcp 10.0.0.9:4000 > 10.0.0.7:80 => dropped
 			dropped`},
+		{"sent elsewhere by a rule of others", dnat, proxy, `
+			out tcp uid=1000 10.0.0.7:4000 > 10.96.0.1:443 => untouched, sent elsewhere
+			delivered`},
 		{"unknown", unknown, proxy, `
 			out tcp uid=1000 10.0.0.7:4000 > 93.184.216.34:443 => unknown
 			unknown`},

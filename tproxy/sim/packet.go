@@ -109,7 +109,9 @@ type Packet struct {
 	InInterface, OutInterface string
 	// UID and GID own the socket of an Out packet.
 	UID, GID uint32
-	State    State
+	// Mark is the packet's own, of a socket with SO_MARK (socket(7)).
+	Mark  uint32
+	State State
 }
 
 // Family returns the packet's IP version.
@@ -124,6 +126,9 @@ func (p Packet) Family() rules.Family {
 var protocolNames = map[string]rules.Protocol{"tcp": rules.TCP, "udp": rules.UDP, "icmp": 1, "icmpv6": 58, "sctp": 132}
 
 func protocolName(p rules.Protocol) string {
+	if p == rules.TCP || p == rules.UDP {
+		return p.String()
+	}
 	for name, q := range protocolNames {
 		if p == q {
 			return name
@@ -147,6 +152,9 @@ func (p Packet) String() string {
 	}
 	if p.OutInterface != "" {
 		b = fmt.Appendf(b, " out=%s", p.OutInterface)
+	}
+	if p.Mark != 0 {
+		b = fmt.Appendf(b, " mark=%#x", p.Mark)
 	}
 	if p.State != New {
 		b = fmt.Appendf(b, " state=%s", p.State)
@@ -184,7 +192,7 @@ func MustPacket(s string) Packet {
 
 // ParsePacket reads a packet: its path (in, forwarded, out), its protocol (tcp,
 // udp, icmp, icmpv6, sctp or a number), then in any order uid=N and gid=N of an
-// out packet, in=INTERFACE, out=INTERFACE and state=established or midstream,
+// out packet, in=INTERFACE, out=INTERFACE, mark=N and state=established or midstream,
 // then "source > destination", each as address:port ([address]:port for IPv6)
 // or, for a protocol without ports, as an address.
 func ParsePacket(s string) (Packet, error) {
@@ -238,6 +246,12 @@ func ParsePacket(s string) (Packet, error) {
 			} else {
 				p.OutInterface = value
 			}
+		case key == "mark":
+			mark, err := strconv.ParseUint(value, 0, 32)
+			if err != nil {
+				return fail("mark %q: accepted is a number of 32 bits, such as 0x4000", value)
+			}
+			p.Mark = uint32(mark)
 		case w == "state=new", w == "state=established":
 			if value == "established" {
 				p.State = Established

@@ -20,6 +20,7 @@ func TestPacketText(t *testing.T) {
 		"forwarded udp in=docker0 out=eth0 172.17.0.2:4000 > 8.8.8.8:53",
 		"out tcp uid=1000 10.0.0.7:4000 > 93.184.216.34:443",
 		"out udp uid=4294967294 gid=5678 out=lo state=established 127.0.0.1:4000 > 127.0.0.53:53",
+		"in tcp mark=0x4000 10.0.0.9:4000 > 10.0.0.7:22",
 		"in icmp 10.0.0.9 > 10.0.0.7",
 		"in 47 10.0.0.9 > 10.0.0.7",
 	} {
@@ -56,6 +57,7 @@ func TestBadPackets(t *testing.T) {
 		{"out tcp in=eth0 10.0.0.9:4000 > 10.0.0.7:22", `"in=eth0": accepted is`},
 		{"in tcp in=a/b 10.0.0.9:4000 > 10.0.0.7:22", "interface"},
 		{"in udp state=midstream 10.0.0.9:4000 > 10.0.0.7:22", `"state=midstream": accepted is`},
+		{"in tcp mark=x 10.0.0.9:4000 > 10.0.0.7:22", "accepted is a number of 32 bits"},
 		{"in tcp state=old 10.0.0.9:4000 > 10.0.0.7:22", `"state=old": accepted is`},
 	} {
 		if _, err := sim.ParsePacket(test.text); err == nil || !strings.Contains(err.Error(), test.want) {

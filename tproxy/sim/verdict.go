@@ -39,12 +39,19 @@ type Verdict struct {
 	Port uint16
 	// Zone is the conntrack zone of the packet's connection.
 	Zone uint16
+	// Elsewhere is whether a DNAT rule, which is none of ours, sends an Untouched
+	// packet to another address or port. The walk ends there: what filters make
+	// of it is not followed.
+	Elsewhere bool
 }
 
 func (v Verdict) String() string {
 	s := v.Kind.String()
 	if v.Kind == Redirected {
 		s = fmt.Sprintf("%s to port %d", s, v.Port)
+	}
+	if v.Elsewhere {
+		s += ", sent elsewhere"
 	}
 	if v.Zone != 0 {
 		s = fmt.Sprintf("%s in zone %d", s, v.Zone)
@@ -72,6 +79,8 @@ type Step struct {
 	Matched bool
 	// Because is why the rule does not match, or why that cannot be told.
 	Because string
+	// Set is which of the Sets of WalkAll has the rule, from 0.
+	Set int
 }
 
 // Place writes table, chain and index, such as "nat PREROUTING #1".
@@ -120,6 +129,9 @@ func (t Trace) Deciding() (step Step, ok bool) {
 				}
 			}
 		case Untouched:
+			if _, dnat := s.Rule.Action.(rules.Translate); t.Elsewhere && s.Matched && dnat {
+				return s, true
+			}
 			// Where nat has no rule about it, the zone has: the first CT holds.
 			if a, ct := s.Rule.Action.(rules.CTZone); ct && s.Matched && a.Zone == t.Zone && (!ok || step.Table == rules.Raw) {
 				step, ok = s, true
@@ -135,6 +147,23 @@ func (t Trace) Deciding() (step Step, ok bool) {
 		}
 	}
 	return step, ok
+}
+
+// Route writes the rules that led to a step of the Trace, and it, such as
+// "nat PREROUTING #1 -> DOCKER #2".
+func (t Trace) Route(s Step) string {
+	text := fmt.Sprintf("%s #%d", s.Chain, s.Index)
+	at := len(t.Steps) - 1
+	for at >= 0 && !(t.Steps[at].Set == s.Set && t.Steps[at].Place() == s.Place()) {
+		at--
+	}
+	for chain, i := s.Chain, at-1; i >= 0; i-- {
+		if from := t.Steps[i]; from.Matched && from.Set == s.Set && from.Table == s.Table && from.Rule.Target() == chain {
+			text = fmt.Sprintf("%s #%d -> %s", from.Chain, from.Index, text)
+			chain = from.Chain
+		}
+	}
+	return fmt.Sprintf("%s %s", s.Table, text)
 }
 
 // Summary writes the walk as one line: the rules that matched, the reason, the

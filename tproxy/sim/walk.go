@@ -14,17 +14,38 @@ import (
 // microsecond or two for the rules of a default plan; where the way does not
 // matter, Decide is cheaper.
 func Walk(set rules.Set, env Env, p Packet) Trace {
+	return walk([]*rules.Set{&set}, env, p)
+}
+
+// WalkAll is Walk through several Sets at once, as on a host whose kernel holds
+// rules of iptables-nft and of iptables-legacy: at each hook the packet meets
+// all of them. In which order is not known, so where two of them want to
+// translate the packet the verdict is Unknown.
+func WalkAll(sets []rules.Set, env Env, p Packet) Trace {
+	all := make([]*rules.Set, len(sets))
+	for i := range sets {
+		all[i] = &sets[i]
+	}
+	return walk(all, env, p)
+}
+
+func walk(sets []*rules.Set, env Env, p Packet) Trace {
 	t := Trace{Packet: p, Steps: make([]Step, 0, 12)} // as many as our rules want
-	w := walker{set: &set, env: env, p: p, trace: &t}
+	w := walker{sets: sets, env: env, p: p, trace: &t}
 	if t.Verdict = w.walk(); len(t.Steps) == 0 {
 		t.Steps = nil
 	}
 	if t.Reason == "" {
 		switch step, ok := t.Deciding(); {
+		case ok && t.Elsewhere:
+			to := step.Rule.Action.(rules.Translate).To
+			t.Reason = fmt.Sprintf("%s answers first: %s sends the connection to %s", step.Chain, t.Route(step), to)
 		case ok:
 			t.Reason = step.why()
-		case !set.Has(p.Family()):
+		case !slices.ContainsFunc(sets, func(s *rules.Set) bool { return s.Has(p.Family()) }):
 			t.Reason = fmt.Sprintf("there are no %s rules", p.Family())
+		case w.untracked:
+			t.Reason = "it is kept out of connection tracking, and so out of nat"
 		case p.State == Established:
 			t.Reason = "nat sees the first packet of a connection only"
 		default:
@@ -36,12 +57,14 @@ func Walk(set rules.Set, env Env, p Packet) Trace {
 
 // Decide is the verdict of Walk, without the way.
 func Decide(set rules.Set, env Env, p Packet) Verdict {
-	w := walker{set: &set, env: env, p: p}
+	w := walker{sets: []*rules.Set{&set}, env: env, p: p}
 	return w.walk()
 }
 
 type walker struct {
-	set    *rules.Set
+	sets   []*rules.Set
+	set    *rules.Set // the one of sets whose rules are walked,
+	which  int        // and its place there
 	env    Env
 	p      Packet
 	family rules.Family
@@ -52,6 +75,9 @@ type walker struct {
 	// which CT does nothing (xt_ct_target in net/netfilter/xt_CT.c).
 	zoned      bool
 	zone       uint16
+	untracked  bool
+	mark       uint32
+	doubt      uint32 // the bits of the mark that are not known
 	redirected bool
 	port       uint16
 	anywhere   bool // whether REDIRECT chose a destination that the walk does not know
@@ -64,6 +90,7 @@ type end uint8
 const (
 	passed end = iota // at its end, or by RETURN
 	accepted
+	elsewhere // by DNAT
 	dropped
 	refused
 	unknown
@@ -73,12 +100,18 @@ func (w *walker) walk() Verdict {
 	w.family = w.p.Family()
 	w.p.Source = netip.AddrPortFrom(plain(w.p.Source.Addr()), w.p.Source.Port())
 	w.p.Destination = netip.AddrPortFrom(plain(w.p.Destination.Addr()), w.p.Destination.Port())
+	w.mark = w.p.Mark
 	end := accepted
-	if w.set.Has(w.family) {
-		end = w.path()
+	for _, s := range w.sets {
+		if s.Has(w.family) {
+			end = w.path()
+			break
+		}
 	}
-	v := Verdict{Untouched, 0, w.zone}
+	v := Verdict{Kind: Untouched, Zone: w.zone}
 	switch {
+	case end == elsewhere:
+		v.Elsewhere = true
 	case end == unknown:
 		v.Kind = Unknown
 	case end == dropped:
@@ -143,28 +176,76 @@ func (w *walker) path() end {
 func (w *walker) at(h rules.Hook, tables ...rules.Table) end {
 	w.hook = h
 	for _, t := range tables {
-		if t == rules.NAT && w.p.State == Established {
+		if t == rules.NAT && (w.p.State == Established || w.untracked) {
 			continue
 		}
 		if t == rules.Mangle || t == rules.NAT {
 			w.zoned = true // conntrack stands between raw and mangle
 		}
-		for i := range w.set.Bases {
-			c := &w.set.Bases[i]
-			if c.Table != t || c.Hook != h {
-				continue
+		if t == rules.NAT && len(w.sets) > 1 {
+			if e := w.nats(h); e > accepted {
+				return e
 			}
-			e := w.chain(t, string(h), c.Rules, 0)
-			if e == passed && c.Policy == "DROP" {
-				w.because("the policy of %s %s is DROP", t, h)
-				e = dropped
-			}
-			if e > accepted {
+			continue
+		}
+		for i := range w.sets {
+			if e := w.bases(i, t, h); e > accepted {
 				return e
 			}
 		}
 	}
 	return accepted
+}
+
+// bases calls the base chains of a table of one Set.
+func (w *walker) bases(which int, t rules.Table, h rules.Hook) end {
+	w.which, w.set = which, w.sets[which]
+	if !w.set.Has(w.family) {
+		return accepted
+	}
+	for i := range w.set.Bases {
+		c := &w.set.Bases[i]
+		if c.Table != t || c.Hook != h {
+			continue
+		}
+		e := w.chain(t, string(h), c.Rules, 0)
+		if e == passed && c.Policy == "DROP" {
+			w.because("the policy of %s %s is DROP", t, h)
+			e = dropped
+		}
+		if e > accepted {
+			return e
+		}
+	}
+	return accepted
+}
+
+// nats calls the nat chains of several Sets. The first that translates ends it
+// (nf_nat_inet_fn in net/netfilter/nf_nat_core.c), and of equal priorities the
+// one that was registered last comes first: that cannot be seen.
+func (w *walker) nats(h rules.Hook) end {
+	before, after, won := *w, *w, accepted
+	translated := false
+	for i := range w.sets {
+		*w = before
+		e := w.bases(i, rules.NAT, h)
+		if e > elsewhere {
+			return e
+		}
+		after.doubt |= w.doubt | w.mark ^ before.mark
+		if e != elsewhere && w.redirected == before.redirected {
+			continue
+		}
+		if translated {
+			w.because("cannot tell: two sets of rules translate it at nat %s, and which comes first is not known", h)
+			return unknown
+		}
+		doubt := after.doubt
+		after, won, translated = *w, e, true
+		after.doubt |= doubt
+	}
+	*w = after
+	return won
 }
 
 // because sets the reason of a verdict that no rule has a reason for.
@@ -175,7 +256,7 @@ func (w *walker) because(format string, args ...any) {
 }
 
 func (w *walker) step(t rules.Table, chain string, i int, r *rules.Rule, matched bool, because string) {
-	w.trace.Steps = append(w.trace.Steps, Step{t, chain, i + 1, *r, matched, because})
+	w.trace.Steps = append(w.trace.Steps, Step{t, chain, i + 1, *r, matched, because, w.which})
 }
 
 // chain calls a chain. depth is how many jumps and gotos led to it: more of
@@ -191,13 +272,18 @@ func (w *walker) chain(t rules.Table, name string, list []rules.Rule, depth int)
 			}
 			continue
 		case maybe:
-			if harmless(r.Action) {
-				continue
-			}
+			same := w.same(t, r.Action, depth)
 			if w.trace != nil {
 				what := w.cannot(culprit)
+				if same {
+					w.step(t, name, i, r, false, "cannot tell, and it makes no difference: it "+what)
+					continue
+				}
 				w.step(t, name, i, r, false, what)
 				w.because("cannot tell: rule %d of %s %s %s", i+1, t, name, what)
+			}
+			if same {
+				continue
 			}
 			return unknown
 		}
@@ -226,11 +312,22 @@ func (w *walker) chain(t rules.Table, name string, list []rules.Rule, depth int)
 			if !w.zoned {
 				w.zone, w.zoned = a.Zone, true
 			}
+		case rules.NoTrack:
+			if !w.zoned {
+				w.untracked, w.zoned = true, true
+			}
+		case rules.SetMark:
+			w.mark, w.doubt = w.mark&^a.Mask^a.Value, w.doubt&^a.Mask
 		case rules.Nothing:
-		default:
-			if !harmless(r.Action) {
-				o, _ := r.Action.(rules.Opaque)
-				w.because("cannot tell: rule %d of %s %s uses %s", i+1, t, name, o.Text())
+		case rules.Translate:
+			if a.Target == "DNAT" && t == rules.NAT {
+				return elsewhere
+			}
+			w.because("cannot tell: rule %d of %s %s uses %s", i+1, t, name, a.Target)
+			return unknown
+		case rules.Opaque:
+			if !w.opaque(a) {
+				w.because("cannot tell: rule %d of %s %s uses %s", i+1, t, name, a.Text())
 				return unknown
 			}
 		}
@@ -270,13 +367,62 @@ func (w *walker) redirect(port uint16) {
 	w.p.Destination = netip.AddrPortFrom(to, port)
 }
 
-// harmless reports whether the action changes nothing of a packet's way.
-func harmless(a rules.Action) bool {
+// opaque carries out an action that has no type, and reports whether what it
+// does is known.
+func (w *walker) opaque(o rules.Opaque) bool {
+	rest, jump := strings.CutPrefix(o.Text(), "-j ")
+	target, options, _ := strings.Cut(rest, " ")
+	switch target {
+	case "LOG", "NFLOG", "ULOG", "TRACE", "AUDIT", "CHECKSUM", "CLASSIFY", "CONNSECMARK", "DSCP", "ECN", "IDLETIMER", "LED",
+		"RATEEST", "SECMARK", "SET", "TCPMSS", "TCPOPTSTRIP", "TEE", "TOS":
+		return jump // these change nothing of a packet's way
+	case "CONNMARK":
+		if strings.Contains(options, "--restore-mark") {
+			w.doubt = allBits
+		}
+		return jump
+	case "CT":
+		// A helper or a timeout comes with a template of zone 0.
+		if strings.Contains(options, "--zone") || strings.Contains(options, "--notrack") {
+			return false
+		}
+		w.zoned = true
+		return jump
+	}
+	return false
+}
+
+const allBits = 1<<32 - 1
+
+// same reports whether it makes no difference if the action is carried out, but
+// for bits of the mark, which are not known then.
+func (w *walker) same(t rules.Table, a rules.Action, depth int) bool {
 	switch a := a.(type) {
 	case rules.Nothing:
 		return true
+	case rules.SetMark:
+		w.doubt |= a.Mask | a.Value
+		return true
+	case rules.CTZone, rules.NoTrack:
+		return w.zoned
 	case rules.Opaque:
-		return strings.HasPrefix(a.Text(), "-j LOG") || strings.HasPrefix(a.Text(), "-j NFLOG")
+		zoned := w.zoned
+		known := w.opaque(a)
+		same := known && w.zoned == zoned
+		w.zoned = zoned
+		return same
+	case rules.Jump:
+		c, ok := w.set.Chain(t, a.Chain)
+		if !ok || depth >= len(w.set.Chains) {
+			return false
+		}
+		for _, r := range c.Rules {
+			// Behind a RETURN, as in front of it, nothing is done.
+			if _, back := r.Action.(rules.Return); !back && !w.same(t, r.Action, depth+1) {
+				return false
+			}
+		}
+		return true
 	}
 	return false
 }
@@ -322,7 +468,7 @@ func (w *walker) holds(m rules.Match) truth {
 	case rules.Protocol:
 		return is(m == w.p.Protocol)
 	case rules.SYN:
-		return is(w.p.State == New)
+		return is((w.p.State == New) != m.Not)
 	case rules.Source:
 		return w.in(m.Prefixes, m.Not, w.p.Source.Addr())
 	case rules.Destination:
@@ -335,9 +481,11 @@ func (w *walker) holds(m rules.Match) truth {
 	case rules.OutInterface:
 		return through(m.Name, m.Not, w.p.OutInterface, w.hook == rules.Prerouting || w.hook == rules.Input)
 	case rules.SourcePorts:
-		return is(m.Ports.Contains(w.p.Source.Port()))
+		return is(m.Ports.Contains(w.p.Source.Port()) != m.Not)
 	case rules.DestinationPorts:
 		return is(m.Ports.Contains(w.p.Destination.Port()) != m.Not)
+	case rules.SourceLocal:
+		return is(w.env.IsLocal(w.p.Source.Addr()) != m.Not)
 	case rules.DestinationLocal:
 		return is(w.local != m.Not)
 	case rules.OwnerUID:
@@ -348,8 +496,21 @@ func (w *walker) holds(m rules.Match) truth {
 		return is((w.owned && m.GIDs.Contains(w.p.GID)) != m.Not)
 	case rules.CTState:
 		return is(w.state(m.States) != m.Not)
+	case rules.Mark:
+		return w.marked(m)
 	}
 	return maybe
+}
+
+// marked compares the bits of the mark that are known.
+func (w *walker) marked(m rules.Mark) truth {
+	switch {
+	case (w.mark^m.Value)&m.Mask&^w.doubt != 0 || m.Value&^m.Mask != 0:
+		return is(m.Not)
+	case m.Mask&w.doubt != 0:
+		return maybe
+	}
+	return is(!m.Not)
 }
 
 // in says whether the address is in a prefix. Without a prefix of the family
@@ -382,11 +543,15 @@ func (w *walker) state(states string) bool {
 	for s := range strings.SplitSeq(states, ",") {
 		switch s {
 		case "NEW":
-			if w.p.State != Established {
+			if w.p.State != Established && !w.untracked {
 				return true
 			}
 		case "ESTABLISHED":
-			if w.p.State == Established {
+			if w.p.State == Established && !w.untracked {
+				return true
+			}
+		case "UNTRACKED":
+			if w.untracked {
 				return true
 			}
 		case "DNAT":
@@ -408,8 +573,11 @@ func (w *walker) not(m rules.Match) string {
 	}
 	switch m := m.(type) {
 	case rules.Protocol:
-		return fmt.Sprintf("it is %s, not %s", protocolName(w.p.Protocol), protocolName(m))
+		return "it is " + protocolName(w.p.Protocol) + ", not " + protocolName(m)
 	case rules.SYN:
+		if m.Not {
+			return "it opens a connection"
+		}
 		return "it does not open a connection"
 	case rules.Source:
 		return w.notIn("source", m.Prefixes, m.Not, w.p.Source.Addr())
@@ -420,11 +588,15 @@ func (w *walker) not(m rules.Match) string {
 	case rules.OutInterface:
 		return "the interface it leaves through " + is(m.Not) + " " + m.Name
 	case rules.SourcePorts:
-		return fmt.Sprintf("source port %d is not one of the rule's", w.p.Source.Port())
+		return fmt.Sprintf("source port %d %s one of the rule's", w.p.Source.Port(), is(m.Not))
 	case rules.DestinationPorts:
 		return "port " + strconv.Itoa(int(w.p.Destination.Port())) + " " + is(m.Not) + " one of the rule's"
+	case rules.SourceLocal:
+		return fmt.Sprintf("%s %s an address of this host", w.p.Source.Addr(), is(m.Not))
+	case rules.Mark:
+		return fmt.Sprintf("its mark is %#x", w.mark)
 	case rules.DestinationLocal:
-		return fmt.Sprintf("%s %s an address of this host", w.p.Destination.Addr(), is(m.Not))
+		return w.p.Destination.Addr().String() + " " + is(m.Not) + " an address of this host"
 	case rules.OwnerUID:
 		return w.notOwner("UID", m.UIDs, m.Not, w.p.UID)
 	case rules.OwnerGID:
@@ -440,12 +612,12 @@ func (w *walker) notIn(what string, ps []netip.Prefix, not bool, a netip.Addr) s
 		return what + " " + a.String() + " is excepted"
 	}
 	if !slices.ContainsFunc(ps, func(p netip.Prefix) bool { return p.Addr().Is4() == (w.family == rules.IPv4) }) {
-		return fmt.Sprintf("the rule has no %s address", w.family)
+		return "the rule has no " + w.family.String() + " address"
 	}
 	if len(ps) == 1 {
 		return what + " " + a.String() + " is not in " + ps[0].String()
 	}
-	return fmt.Sprintf("%s %s is in none of %d prefixes", what, a, len(ps))
+	return what + " " + a.String() + " is in none of " + strconv.Itoa(len(ps)) + " prefixes"
 }
 
 func (w *walker) notOwner(what string, ids rules.UIDs, not bool, id uint32) string {
@@ -467,6 +639,8 @@ func (w *walker) cannot(m rules.Match) string {
 		return fmt.Sprintf("names interface %s, and through which one the packet leaves is not known", m.Name)
 	case rules.Destination:
 		return "names a destination, and REDIRECT made it the first address of an interface that is not known"
+	case rules.Mark:
+		return fmt.Sprintf("looks for the mark %#x, and the packet's is not known", m.Value)
 	case rules.Opaque:
 		return "uses " + m.Text()
 	}

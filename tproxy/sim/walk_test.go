@@ -156,9 +156,64 @@ func TestWalk(t *testing.T) {
 			in tcp 10.0.0.9:4000 > 10.0.0.7:1 => redirected to port 9 # known
 			in tcp 10.0.0.9:4000 > 10.0.0.7:2 => redirected to port 9 # known
 			in tcp 10.0.0.9:4000 > 10.0.0.7:3 => unknown # cannot tell: rule 4 of nat PREROUTING uses -m bpf --bytecode "1,6 0 0 0"
-			in tcp 10.0.0.9:4000 > 10.0.0.7:8080 => unknown # cannot tell: rule 1 of nat DOCKER uses -j DNAT --to-destination 172.17.0.2:80
+			in tcp 10.0.0.9:4000 > 10.0.0.7:8080 => untouched, sent elsewhere # DOCKER answers first: nat PREROUTING #3 -> DOCKER #1 sends the connection to 172.17.0.2:80
 			forwarded tcp 10.0.0.9:4000 > 10.0.1.7:8080 => untouched # no rule is about it
 			in udp 10.0.0.9:4000 > 10.0.0.7:3 => untouched # no rule is about it`},
+		{"doubts that make no difference", `*mangle
+			:OUTPUT ACCEPT [0:0]
+			:MARKS - [0:0]
+			-A OUTPUT -m limit --limit 3/min -j MARKS
+			-A OUTPUT -p tcp -m tcp --dport 7 -j CONNMARK --restore-mark
+			-A MARKS -p udp -j RETURN
+			-A MARKS -j MARK --set-xmark 0x4/0x4
+			-A MARKS -j LOG
+			COMMIT
+			*filter
+			:OUTPUT ACCEPT [0:0]
+			:LOGDROP - [0:0]
+			-A OUTPUT -m mark --mark 0x1/0x1 -m comment --comment one -j DROP
+			-A OUTPUT -m mark --mark 0x3/0x1 -j DROP
+			-A OUTPUT -p tcp -m tcp --dport 4 -m mark --mark 0x4/0x4 -j DROP
+			-A OUTPUT -p tcp -m tcp --dport 5 -m mark ! --mark 0x8/0xc -m comment --comment no-eight -j DROP
+			-A OUTPUT -p tcp -m tcp --dport 6 -m limit --limit 3/min -j LOGDROP
+			-A LOGDROP -j DROP`, `
+			out tcp uid=1 10.0.0.7:4000 > 10.0.0.9:80 => untouched # no rule is about it
+			out tcp uid=1 mark=0x1 10.0.0.7:4000 > 10.0.0.9:80 => dropped # one
+			out tcp uid=1 10.0.0.7:4000 > 10.0.0.9:4 => unknown # cannot tell: rule 3 of filter OUTPUT looks for the mark 0x4, and the packet's is not known
+			out tcp uid=1 10.0.0.7:4000 > 10.0.0.9:5 => dropped # no-eight
+			out tcp uid=1 10.0.0.7:4000 > 10.0.0.9:6 => unknown # cannot tell: rule 5 of filter OUTPUT uses -m limit --limit 3/min
+			out tcp uid=1 10.0.0.7:4000 > 10.0.0.9:7 => unknown # cannot tell: rule 1 of filter OUTPUT looks for the mark 0x1, and the packet's is not known`},
+		{"not tracked", `*raw
+			:OUTPUT ACCEPT [0:0]
+			-A OUTPUT -d 169.254.20.10/32 -p udp -j CT --notrack
+			-A OUTPUT -d 169.254.20.11/32 -p udp -j CT --helper tftp
+			-A OUTPUT -d 169.254.20.11/32 -p udp -j CT --zone 7
+			COMMIT
+			*nat
+			:OUTPUT ACCEPT [0:0]
+			-A OUTPUT -p udp -m comment --comment dns -j REDIRECT --to-ports 15053
+			COMMIT
+			*filter
+			:OUTPUT ACCEPT [0:0]
+			-A OUTPUT -p udp -m conntrack --ctstate NEW -m udp --sport 4001 -m comment --comment new -j DROP
+			-A OUTPUT -p udp -m conntrack --ctstate UNTRACKED -m udp --sport 4002 -m comment --comment untracked -j DROP`, `
+			out udp uid=1 10.0.0.7:4000 > 169.254.20.10:53 => untouched # it is kept out of connection tracking, and so out of nat
+			out udp uid=1 10.0.0.7:4001 > 169.254.20.10:53 => untouched # it is kept out of connection tracking, and so out of nat
+			out udp uid=1 10.0.0.7:4002 > 169.254.20.10:53 => dropped # untracked
+			out udp uid=1 10.0.0.7:4000 > 169.254.20.11:53 => redirected to port 15053 # dns
+			out udp uid=1 10.0.0.7:4001 > 169.254.20.12:53 => dropped # new`},
+		{"negations and sources", `*nat
+			:PREROUTING ACCEPT [0:0]
+			:OUTPUT ACCEPT [0:0]
+			-A OUTPUT -p tcp -m tcp ! --sport 4000 -m comment --comment port -j REDIRECT --to-ports 1
+			-A OUTPUT -p tcp -m addrtype ! --src-type LOCAL -m comment --comment strange -j REDIRECT --to-ports 2
+			-A OUTPUT -p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -m comment --comment late -j REDIRECT --to-ports 3
+			-A PREROUTING -p tcp -m addrtype --src-type LOCAL -j REDIRECT --to-ports 4`, `
+			out tcp uid=1 10.0.0.7:4001 > 10.0.0.9:80 => redirected to port 1 # port
+			out tcp uid=1 10.0.0.8:4000 > 10.0.0.9:80 => redirected to port 2 # strange
+			out tcp uid=1 state=midstream 10.0.0.7:4000 > 10.0.0.9:80 => redirected to port 3 # late
+			out tcp uid=1 10.0.0.7:4000 > 10.0.0.9:80 => untouched # no rule is about it
+			in tcp 10.0.0.9:4000 > 10.0.0.7:80 => untouched # no rule is about it`},
 		{"states", `*filter
 			:INPUT ACCEPT [0:0]
 			:FORWARD ACCEPT [0:0]
@@ -202,7 +257,7 @@ func TestWalk(t *testing.T) {
 	}
 }
 
-// Chains that ParseSave would not let through.
+// Chains that ParseFile would not let through.
 func TestWalkEndsInAnySet(t *testing.T) {
 	jump := func(to string) []rules.Rule { return []rules.Rule{{Action: rules.Jump{Chain: to}}} }
 	next := func(to string) []rules.Rule { return []rules.Rule{{Action: rules.Goto{Chain: to}}} }

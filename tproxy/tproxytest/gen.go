@@ -363,8 +363,13 @@ func (e *edges) draw(t *rapid.T) sim.Packet {
 	}
 	f := pick(t, "family", 0, 1)
 	port := e.port(t, "port")
-	if p.Protocol == rules.UDP && !seldom(t, "no DNS", 4) {
-		port = 53
+	if p.Protocol == rules.UDP {
+		switch pick(t, "query", 0, 0, 0, 0, 0, 0, 1, 2) {
+		case 0:
+			port = 53
+		case 1:
+			port = orPort(e.cfg.DNS.Port, 15053) // straight to the proxy
+		}
 	}
 	if p.Path == sim.Out {
 		p.UID = e.uid(t)

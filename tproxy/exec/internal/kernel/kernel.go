@@ -16,6 +16,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"strconv"
 	"time"
 )
@@ -37,6 +38,21 @@ func (f Family) String() string {
 type NFTTable struct {
 	Family string // ip, ip6, inet, arp, bridge, netdev
 	Name   string
+}
+
+// NFTBase is a base chain of nf_tables.
+type NFTBase struct {
+	Table NFTTable
+	Chain string
+	Hook  string // PREROUTING, INPUT, ..., INGRESS, EGRESS; "?" for one not known here
+	Type  string // filter, nat or route
+	Drops bool   // whether its policy is drop
+}
+
+// Route is a way out of this host.
+type Route struct {
+	Interface string
+	Source    netip.Addr
 }
 
 // HeldError says that somebody else has a lock.

@@ -25,6 +25,15 @@ func NFTTables() ([]NFTTable, error) { return nil, errors.ErrUnsupported }
 // NFTChains is for Linux.
 func NFTChains(family, table string) ([]string, error) { return nil, errors.ErrUnsupported }
 
+// NFTBases is for Linux.
+func NFTBases() ([]NFTBase, error) { return nil, errors.ErrUnsupported }
+
+// NFTNative is for Linux.
+func NFTNative(family, table string) ([]string, error) { return nil, errors.ErrUnsupported }
+
+// RouteTo is for Linux.
+func RouteTo(netip.Addr) (Route, error) { return Route{}, errors.ErrUnsupported }
+
 // NFTRules is for Linux.
 func NFTRules(family, table string) (bool, error) { return false, errors.ErrUnsupported }
 

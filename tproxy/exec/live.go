@@ -1,0 +1,192 @@
+package exec
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// Live is what a network namespace holds of netfilter, ours and others'.
+type Live struct {
+	// Rules are those that iptables-save prints: for each family one entry for
+	// each variant of iptables that has tables here.
+	Rules []LiveRules
+	// Hidden is what sees packets and what iptables-save does not show.
+	Hidden []Hidden
+	// Local are the addresses of the interfaces, with their networks.
+	Local []netip.Prefix
+	// Routes say how a packet of this host gets to the addresses that Live was
+	// asked about.
+	Routes map[netip.Addr]Route
+}
+
+// LiveRules are the rules of a family that one variant of iptables holds.
+type LiveRules struct {
+	Family  rules.Family
+	Backend tproxy.Backend
+	Set     rules.Set
+}
+
+// Route is the way to an address; both are zero where there is none.
+type Route struct {
+	Interface string
+	Source    netip.Addr
+}
+
+// Hidden is a part of the rules that no iptables-save shows, or that it shows as
+// something else.
+type Hidden struct {
+	// What names it, such as "table inet firewalld".
+	What string
+	// Family is whose packets it sees; 0 is both.
+	Family rules.Family
+	// Hooks are where it sees them; empty where that is not known.
+	Hooks []rules.Hook
+}
+
+// Meets reports whether a packet of the family that passes one of the hooks
+// meets it.
+func (h Hidden) Meets(f rules.Family, hooks ...rules.Hook) bool {
+	if h.Family != 0 && h.Family != f {
+		return false
+	}
+	return len(h.Hooks) == 0 || slices.ContainsFunc(h.Hooks, func(k rules.Hook) bool { return slices.Contains(hooks, k) })
+}
+
+// Live reads the rules of this network namespace, whoever made them, and how
+// packets get to the addresses. It changes nothing: a save program of
+// iptables-legacy is started only where its tables exist already. It needs root:
+// without, the error is ErrNotRoot.
+func (r *Runner) Live(ctx context.Context, to ...netip.Addr) (Live, error) {
+	s, err := r.session()
+	if err != nil {
+		return Live{}, err
+	}
+	if err := s.m.privileged(); err != nil {
+		return Live{}, err
+	}
+	l := Live{Routes: make(map[netip.Addr]Route)}
+	read := reader{session: s, ctx: ctx, variants: s.variants(ctx), Live: &l}
+	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+		for _, f := range rules.Families() {
+			if err := read.family(b, f); err != nil {
+				return Live{}, err
+			}
+		}
+	}
+	if err := read.others(); err != nil {
+		return Live{}, err
+	}
+	if l.Local, err = s.m.localAddresses(); err != nil {
+		return Live{}, fmt.Errorf("addresses of this host: %w", err)
+	}
+	for _, a := range to {
+		way, err := s.m.routeTo(a)
+		if err != nil {
+			return Live{}, err
+		}
+		l.Routes[a] = Route(way)
+	}
+	return l, ctx.Err()
+}
+
+// reader fills a Live.
+type reader struct {
+	*session
+	*Live
+	ctx      context.Context
+	variants []tproxy.Variant
+	shown    []string // the tables of nftables that iptables-save shows
+}
+
+// family reads what a variant holds of a family, if it has tables at all.
+func (r *reader) family(b tproxy.Backend, f rules.Family) error {
+	nft := b == tproxy.IPTablesNFT
+	tables, err := r.m.tables(nft, f)
+	if err != nil {
+		return fmt.Errorf("%s tables of %s: %w", f, b, err)
+	}
+	if len(tables) == 0 {
+		return nil
+	}
+	i := slices.IndexFunc(r.variants, func(v tproxy.Variant) bool { return v.Backend == b && v.For(f).Save != "" })
+	if i < 0 {
+		if !nft { // of nft, others names the chains
+			r.hide(fmt.Sprintf("the %s rules of %s, whose save program is not here", f, b), f)
+		}
+		return nil
+	}
+	text, step, err := r.savedText(r.ctx, r.variants[i], f)
+	if err != nil {
+		return err
+	}
+	set, err := rules.ParseSave(f, text)
+	if err != nil {
+		return &ApplyError{Step: step, Family: f, Program: r.variants[i].For(f).Save, Err: err}
+	}
+	r.Rules = append(r.Rules, LiveRules{Family: f, Backend: b, Set: set})
+	if !nft {
+		return nil
+	}
+	for _, t := range tables {
+		if incompatible(text, t) {
+			continue
+		}
+		r.shown = append(r.shown, nftFamily(f)+" "+string(t))
+		native, err := r.m.native(f, t)
+		if err != nil {
+			return err
+		}
+		for _, what := range native {
+			r.hide(fmt.Sprintf("a rule made with nft in table %s %s, %s", nftFamily(f), t, what), f)
+		}
+	}
+	return nil
+}
+
+// others finds the base chains of nftables that iptables-save does not show.
+func (r *reader) others() error {
+	bases, err := r.m.bases()
+	if err != nil {
+		return err
+	}
+	for _, b := range bases {
+		table := b.Table.Family + " " + b.Table.Name
+		if slices.Contains(r.shown, table) {
+			continue
+		}
+		family := map[string]rules.Family{"ip": rules.IPv4, "ip6": rules.IPv6}[b.Table.Family]
+		var hooks []rules.Hook
+		switch b.Hook {
+		case "?":
+		case "INGRESS": // in front of PREROUTING
+			hooks = []rules.Hook{rules.Prerouting}
+		case "EGRESS": // behind POSTROUTING
+			hooks = []rules.Hook{rules.Postrouting}
+		default:
+			hooks = []rules.Hook{rules.Hook(b.Hook)}
+		}
+		r.hide("table "+table, family, hooks...)
+	}
+	return nil
+}
+
+// hide notes what is hidden, a table once.
+func (r *reader) hide(what string, f rules.Family, hooks ...rules.Hook) {
+	for i, h := range r.Hidden {
+		if h.What != what || h.Family != f {
+			continue
+		}
+		if len(hooks) == 0 || len(h.Hooks) == 0 {
+			r.Hidden[i].Hooks = nil
+		} else if !slices.Contains(h.Hooks, hooks[0]) {
+			r.Hidden[i].Hooks = append(h.Hooks, hooks...)
+		}
+		return
+	}
+	r.Hidden = append(r.Hidden, Hidden{What: what, Family: f, Hooks: hooks})
+}

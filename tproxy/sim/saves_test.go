@@ -1,0 +1,133 @@
+package sim_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+	"github.com/kumahq/kuma-tproxy/tproxy/sim"
+)
+
+// TestSaves walks through rule sets in the wild: lines "packet => verdict #
+// reason", what cannot be told among them.
+func TestSaves(t *testing.T) {
+	tests := map[string]string{
+		"docker": `
+			in tcp in=eth0 10.0.0.9:4000 > 10.0.0.7:8080 => untouched, sent elsewhere # DOCKER answers first: nat PREROUTING #1 -> DOCKER #2 sends the connection to 172.17.0.2:80
+			in tcp 10.0.0.9:4000 > 10.0.0.7:8080 => unknown # cannot tell: rule 1 of nat DOCKER names interface docker0, and through which one the packet came is not known
+			in tcp in=eth0 10.0.0.9:4000 > 10.0.0.7:80 => untouched # no rule is about it
+			in udp in=eth0 10.0.0.9:4000 > 10.0.0.7:8080 => untouched # no rule is about it
+			forwarded tcp in=docker0 out=eth0 172.17.0.2:4000 > 93.184.216.34:443 => untouched # no rule is about it
+			forwarded tcp in=eth0 out=docker0 10.0.0.9:4000 > 172.17.0.2:81 => dropped # the policy of filter FORWARD is DROP
+			out tcp uid=1000 10.0.0.7:4000 > 10.0.0.7:8080 => untouched, sent elsewhere # DOCKER answers first: nat OUTPUT #1 -> DOCKER #2 sends the connection to 172.17.0.2:80
+			out tcp uid=1000 127.0.0.1:4000 > 127.0.0.1:8080 => untouched # no rule is about it`,
+		"kube-proxy": `
+			out tcp uid=1000 10.0.0.7:4000 > 93.184.216.34:443 => untouched # no rule is about it
+			out tcp uid=1000 10.0.0.7:4000 > 10.96.44.7:80 => refused # default/empty:http has no endpoints
+			out udp uid=1000 10.0.0.7:4000 > 10.96.0.10:53 => unknown # cannot tell: rule 2 of nat KUBE-SVC-TCOU7JCQXEZGVUNU uses -m statistic --mode random --probability 0.50000000000
+			in tcp 10.0.0.9:4000 > 10.0.0.7:22 => untouched # no rule is about it
+			in tcp in=eth0 10.0.0.9:4000 > 127.0.0.1:80 => dropped # block incoming localnet connections
+			forwarded tcp mark=0x4000 10.0.0.9:4000 > 10.244.0.3:53 => untouched # no rule is about it`,
+		"firewalld": `
+			in tcp in=eth0 10.0.0.9:4000 > 10.0.0.7:22 => untouched # no rule is about it
+			in tcp in=eth0 10.0.0.9:4000 > 10.0.0.7:8080 => refused # -j REJECT --reject-with icmp-host-prohibited
+			in icmp in=eth0 10.0.0.9 > 10.0.0.7 => untouched # no rule is about it
+			in udp in=eth0 10.0.0.9:4000 > 224.0.0.251:5353 => unknown # cannot tell: rule 3 of filter IN_public_allow uses -m limit --limit 5/min
+			in udp in=eth0 10.0.0.9:137 > 10.0.0.7:137 => refused # -j REJECT --reject-with icmp-host-prohibited
+			out tcp uid=1000 127.0.0.1:4000 > 127.0.0.1:8080 => untouched # no rule is about it`,
+		"k3s": `
+			in tcp 10.0.0.9:4000 > 10.0.0.7:80 => untouched # no rule is about it
+			in tcp 10.0.0.9:4000 > 10.0.0.7:30080 => untouched # no rule is about it
+			forwarded tcp 10.42.0.9:4000 > 93.184.216.34:443 => untouched # no rule is about it
+			out tcp uid=1000 10.0.0.7:4000 > 10.43.0.1:443 => untouched # no rule is about it`,
+		"istio": `
+			in tcp 10.0.0.9:4000 > 10.0.0.7:22 => redirected to port 15006 # -p tcp -j REDIRECT --to-ports 15006
+			in tcp 10.0.0.9:4000 > 10.0.0.7:15008 => untouched # -p tcp -m tcp --dport 15008 -j RETURN
+			out tcp uid=1000 gid=1000 10.0.0.7:4000 > 93.184.216.34:443 => redirected to port 15001 # -p tcp -j REDIRECT --to-ports 15001
+			out tcp uid=1337 gid=1337 10.0.0.7:4000 > 93.184.216.34:443 => untouched # -m owner --uid-owner 1337 -j RETURN
+			out tcp uid=1337 gid=1337 127.0.0.1:4000 > 127.0.0.53:53 => redirected to port 15006 # -p tcp -j REDIRECT --to-ports 15006`,
+		"kuma": `
+			in tcp 10.0.0.9:4000 > 10.0.0.7:22 => redirected to port 15006 # -p tcp -j REDIRECT --to-ports 15006
+			out tcp uid=1000 10.0.0.7:4000 > 93.184.216.34:443 => redirected to port 15001 # -p tcp -j REDIRECT --to-ports 15001
+			out tcp uid=5678 127.0.0.1:4000 > 127.0.0.53:53 => redirected to port 15006 # -p tcp -j REDIRECT --to-ports 15006
+			out udp uid=1000 10.0.0.7:4000 > 8.8.8.8:53 => redirected to port 15053 in zone 2 # -p udp -m udp --dport 53 -j REDIRECT --to-ports 15053
+			out udp uid=5678 10.0.0.7:4000 > 8.8.8.8:53 => untouched in zone 1 # kuma/mesh/transparent/proxy`,
+		"linkerd": `
+			in tcp 10.0.0.9:4000 > 10.0.0.7:80 => redirected to port 4143 # proxy-init/redirect-all-incoming-to-proxy-port
+			in tcp 10.0.0.9:4000 > 10.0.0.7:4191 => untouched # proxy-init/ignore-port-4190,4191,4567,4568
+			out tcp uid=2102 10.0.0.7:4000 > 93.184.216.34:443 => untouched # proxy-init/ignore-proxy-user-id
+			out tcp uid=1000 10.0.0.7:4000 > 93.184.216.34:443 => redirected to port 4140 # proxy-init/redirect-all-outgoing-to-proxy-port`,
+	}
+	files, err := filepath.Glob("../rules/testdata/saves/*.txt")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no saves: %v", err)
+	}
+	for _, file := range files {
+		name := strings.TrimSuffix(filepath.Base(file), ".txt")
+		t.Run(name, func(t *testing.T) {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			set, err := rules.ParseFile(rules.IPv4, text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if tests[name] == "" {
+				t.Fatal("no packet walks through it")
+			}
+			for line := range strings.Lines(strings.TrimSpace(tests[name])) {
+				line = strings.TrimSpace(line)
+				packet, _, _ := strings.Cut(line, " =>")
+				p, err := sim.ParsePacket(packet)
+				if err != nil {
+					t.Fatal(err)
+				}
+				trace := sim.Walk(set, env, p)
+				if got := p.String() + " => " + trace.Verdict.String() + " # " + trace.Reason; got != line {
+					t.Errorf("%s\nwant %s\n%s", got, line, trace)
+				}
+				if v := sim.Decide(set, env, p); v != trace.Verdict {
+					t.Errorf("Decide says %s, Walk %s", v, trace)
+				}
+			}
+		})
+	}
+}
+
+// TestWalkAll: nft and legacy rules at once.
+func TestWalkAll(t *testing.T) {
+	nat := func(port, to string) rules.Set {
+		return save(t, rules.IPv4, "*nat\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp -m tcp --dport "+port+" -j "+to)
+	}
+	one, two := nat("80", "REDIRECT --to-ports 1"), nat("81", "DNAT --to-destination 172.17.0.2")
+	both := nat("80:81", "REDIRECT --to-ports 3")
+	drop := save(t, rules.IPv4, "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p tcp -m tcp --dport 1 -m comment --comment no-proxy -j DROP")
+	for _, test := range []struct {
+		sets []rules.Set
+		port string
+		want string
+		set  int
+	}{
+		{[]rules.Set{one, two}, "80", "redirected to port 1", 0},
+		{[]rules.Set{two, one}, "80", "redirected to port 1", 1},
+		{[]rules.Set{one, two}, "81", "untouched, sent elsewhere", 1},
+		{[]rules.Set{one, two}, "82", "untouched", -1},
+		{[]rules.Set{one, drop}, "80", "dropped", 1},
+		{[]rules.Set{drop, one}, "80", "dropped", 0},
+		{[]rules.Set{one, both}, "80", "unknown", 1},
+		{[]rules.Set{both, two}, "81", "unknown", 1},
+		{[]rules.Set{{}, one, {}}, "80", "redirected to port 1", 1},
+	} {
+		trace := sim.WalkAll(test.sets, env, sim.MustPacket("in tcp 10.0.0.9:4000 > 10.0.0.7:"+test.port))
+		step, ok := trace.Deciding()
+		if !ok {
+			step.Set = -1
+		}
+		if trace.Verdict.String() != test.want || step.Set != test.set {
+			t.Errorf("%s by set %d; want %s by %d\n%s", trace.Verdict, step.Set, test.want, test.set, trace)
+		}
+	}
+}
