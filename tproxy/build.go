@@ -464,7 +464,7 @@ func (p *Plan) set() rules.Set {
 			s.Bases = append(s.Bases, rules.BaseChain{Table: rules.Raw, Hook: rules.Output, Place: rules.First, Rules: []rules.Rule{jumpZone}})
 			s.Chains = append(s.Chains,
 				rules.Chain{Table: rules.Raw, Name: chainZone, Rules: p.zone()},
-				rules.Chain{Table: rules.Raw, Name: chainZoneQuery, Rules: append(p.dnsExclusions(), p.zoneQueries()...)})
+				rules.Chain{Table: rules.Raw, Name: chainZoneQuery, Rules: p.zoneQueries()})
 		}
 	}
 	nat(chainRecord, Record{PassthroughAddressOurs: slices.Contains(p.Families, rules.IPv6) && !p.Host.PassthroughAddress}.rules())
@@ -592,17 +592,25 @@ func (p *Plan) captured(action rules.Action, why string) []rules.Rule {
 		rules.Destination{Prefixes: servers}, rules.UDP, rules.DestinationPorts{Ports: rules.Port(53)})}
 }
 
-// zone puts the proxy's answers in the zone of the queries that were redirected
-// to it, and sends queries on.
+// zone sends queries on, and puts the proxy's answers in the zone of the queries
+// that were redirected to it; not those to port 53, whose queries are in none.
 func (p *Plan) zone() []rules.Rule {
 	return []rules.Rule{
-		rule("the proxy's answers to redirected queries", rules.CTZone{Zone: dnsZone},
-			rules.UDP, rules.SourcePorts{Ports: rules.Port(p.Config.DNS.Port)}, p.owner()),
 		rule("queries", rules.Goto{Chain: chainZoneQuery},
 			rules.UDP, rules.DestinationPorts{Ports: rules.Port(53)}),
+		rule("the proxy's answers to redirected queries", rules.CTZone{Zone: dnsZone},
+			rules.UDP, rules.SourcePorts{Ports: rules.Port(p.Config.DNS.Port)}, p.owner()),
 	}
 }
 
+// zoneQueries puts what is redirected in its zone. The answer of a DNS server on
+// this host to one who asked from port 53 is UDP to port 53 as well, and raw has
+// no state to tell it from a query: in the zone it would be new, and nat would
+// redirect it. So what comes from port 53 stays in the default zone, where it is
+// what it is; a query from there is redirected all the same.
 func (p *Plan) zoneQueries() []rules.Rule {
-	return p.captured(rules.CTZone{Zone: dnsZone}, "is redirected")
+	out := []rules.Rule{rule("from port 53: perhaps the answer of a server here", rules.Return{},
+		rules.UDP, rules.SourcePorts{Ports: rules.Port(53)})}
+	out = append(out, p.dnsExclusions()...)
+	return append(out, p.captured(rules.CTZone{Zone: dnsZone}, "is redirected")...)
 }

@@ -67,6 +67,7 @@ var mutants = []struct {
 	{"every DNS query goes to the proxy's DNS port 15053", 4, nil},
 	{"the proxy's answers to redirected queries", 4, nil},
 	{"queries", 4, nil},
+	{"from port 53: perhaps the answer of a server here", 4, nil},
 	{"every DNS query is redirected", 4, nil},
 }
 

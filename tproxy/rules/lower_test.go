@@ -279,11 +279,11 @@ func TestLower(t *testing.T) {
 		{"every address", Rule{Matches: []Match{Source{Prefixes: ps("0.0.0.0/0")}}, Action: Return{}}, "-j RETURN", ""},
 		{"every interface", Rule{Matches: []Match{InInterface{"+", false}, OutInterface{"+", false}}, Action: Drop{}}, "-j DROP", "-j DROP"},
 		{"owners", Rule{Matches: []Match{OwnerUID{UIDs: MustUIDs("1,5-6")}}, Action: Return{}},
-			"-m owner --uid-owner 1-1 -j RETURN|-m owner --uid-owner 5-6 -j RETURN", "-m owner --uid-owner 1-1 -j RETURN|-m owner --uid-owner 5-6 -j RETURN"},
+			"-m owner --uid-owner 1 -j RETURN|-m owner --uid-owner 5-6 -j RETURN", "-m owner --uid-owner 1 -j RETURN|-m owner --uid-owner 5-6 -j RETURN"},
 		{"reject", Rule{Action: Reject{}}, "-j REJECT --reject-with icmp-port-unreachable", "-j REJECT --reject-with icmp6-port-unreachable"},
 		{"products", Rule{Matches: []Match{Source{Prefixes: ps("10.0.0.0/8", "11.0.0.0/8")}, OwnerGID{GIDs: MustUIDs("1,3")}}, Action: Return{}, Why: "w"},
-			`-s 10.0.0.0/8 -m owner --gid-owner 1-1 -m comment --comment "w" -j RETURN|-s 10.0.0.0/8 -m owner --gid-owner 3-3 -m comment --comment "w" -j RETURN|` +
-				`-s 11.0.0.0/8 -m owner --gid-owner 1-1 -m comment --comment "w" -j RETURN|-s 11.0.0.0/8 -m owner --gid-owner 3-3 -m comment --comment "w" -j RETURN`, ""},
+			`-s 10.0.0.0/8 -m owner --gid-owner 1 -m comment --comment "w" -j RETURN|-s 10.0.0.0/8 -m owner --gid-owner 3 -m comment --comment "w" -j RETURN|` +
+				`-s 11.0.0.0/8 -m owner --gid-owner 1 -m comment --comment "w" -j RETURN|-s 11.0.0.0/8 -m owner --gid-owner 3 -m comment --comment "w" -j RETURN`, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s := Set{Bases: []BaseChain{{Table: NAT, Hook: Output, Rules: []Rule{test.rule}}}}

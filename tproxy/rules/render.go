@@ -103,21 +103,23 @@ func (s Set) appendBase(b []byte, c BaseChain, lines []Rule) []byte {
 func (s Set) appendLine(b []byte, verb, chain string, r *Rule) []byte {
 	b = append(b, verb...)
 	b = append(b, chain...)
-	b = r.appendSpec(b, !s.NoComments || r.Record)
+	b = r.appendSpec(b, !s.NoComments || r.Record, true)
 	return append(b, '\n')
 }
 
 // String returns the rule as iptables-save writes it behind the chain's name,
 // in the family of its addresses.
 func (r Rule) String() string {
-	b := r.appendSpec(nil, true)
+	b := r.appendSpec(nil, true, false)
 	if len(b) == 0 {
 		return ""
 	}
 	return string(b[1:])
 }
 
-func (r *Rule) appendSpec(b []byte, comment bool) []byte {
+// appendSpec appends the rule as iptables-save lists it, or as a script has to
+// say it.
+func (r *Rule) appendSpec(b []byte, comment, script bool) []byte {
 	tcp := false // whether the match extension of the protocol was named
 	var proto Protocol
 	for _, m := range r.Matches {
@@ -133,6 +135,16 @@ func (r *Rule) appendSpec(b []byte, comment bool) []byte {
 		case DestinationPorts:
 			if len(m.Ports.s) == 1 {
 				b, tcp = appendExtension(b, proto, tcp), true
+			}
+		case OwnerUID:
+			if script {
+				b = appendOwner(b, " --uid-owner ", m.UIDs, m.Not)
+				continue
+			}
+		case OwnerGID:
+			if script {
+				b = appendOwner(b, " --gid-owner ", m.GIDs, m.Not)
+				continue
 			}
 		}
 		b = m.appendIPTables(b)
@@ -255,14 +267,14 @@ func (m DestinationLocal) appendIPTables(b []byte) []byte {
 }
 
 func (m OwnerUID) appendIPTables(b []byte) []byte {
-	return appendOwner(b, " --uid-owner ", m.UIDs, m.Not)
+	return m.UIDs.s.append(append(appendNot(append(b, " -m owner"...), m.Not), " --uid-owner "...))
 }
 
 func (m OwnerGID) appendIPTables(b []byte) []byte {
-	return appendOwner(b, " --gid-owner ", m.GIDs, m.Not)
+	return m.GIDs.s.append(append(appendNot(append(b, " -m owner"...), m.Not), " --gid-owner "...))
 }
 
-// appendOwner writes one ID as a range too: of "5678" iptables asks the name
+// appendOwner writes an owner for a script, one ID as a range too: of "5678" iptables asks the name
 // service for a user of that name first, and there may be one with another UID
 // (owner_parse_uid, extensions/libxt_owner.c). Listed, it is one number again.
 func appendOwner(b []byte, option string, ids UIDs, not bool) []byte {

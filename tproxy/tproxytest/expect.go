@@ -76,7 +76,7 @@ func Expect(cfg tproxy.Config, host tproxy.Host, env sim.Env, p sim.Packet) (row
 			zone = 0
 		}
 		switch {
-		case dns && proxy && p.Source.Port() == orPort(cfg.DNS.Port, 15053):
+		case dns && proxy && port != 53 && p.Source.Port() == orPort(cfg.DNS.Port, 15053):
 			return "Z", sim.Verdict{Kind: sim.Untouched, Zone: zone}
 		case port != 53:
 			return "other", untouched
@@ -87,6 +87,9 @@ func Expect(cfg tproxy.Config, host tproxy.Host, env sim.Env, p sim.Packet) (row
 		case isLocalResolver(host, p.UID):
 			return "C2a", untouched
 		case cfg.DNS.CaptureAll || isNameserver(host, to):
+			if p.Source.Port() == 53 {
+				zone = 0 // raw cannot tell it from an answer (docs/contract.md)
+			}
 			return "C3", sim.Verdict{Kind: sim.Redirected, Port: orPort(cfg.DNS.Port, 15053), Zone: zone}
 		}
 		return "C4", untouched

@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 
@@ -51,12 +50,8 @@ func draw(seed, n int) (t trial, ok bool) {
 	// What a lab cannot have: two resolvers at one address, no IPv6 at all, a pod
 	// by its environment, a server of SSH.
 	t.host = tproxy.Host{PassthroughAddress: h.PassthroughAddress}
-	for _, u := range h.Users {
-		// iptables takes --uid-owner for a name first (getpwnam in libxt_owner.c).
-		if _, err := strconv.ParseUint(u.Name, 10, 32); err != nil {
-			t.host.Users = append(t.host.Users, u)
-		}
-	}
+	// Users named by a number too: iptables takes "5678" for a name first.
+	t.host.Users = h.Users
 	for i, a := range h.Nameservers {
 		if !slices.Contains(h.Nameservers[:i], a) {
 			t.host.Nameservers = append(t.host.Nameservers, a)
@@ -146,9 +141,10 @@ func (t *trial) real(p sim.Packet, i int) (sim.Packet, bool) {
 	if special := p.Source.Port(); p.Protocol == rules.UDP && (special == 53 || special == t.cfg.DNSPort()) {
 		sport = special
 	}
-	// The answer to whoever asks from port 53 is UDP to port 53, for which raw has
-	// no state to tell it from a query: in a zone of its own it is redirected.
-	if split := t.cfg.DNS.On() && !t.cfg.DNS.SkipConntrackZoneSplit; split && sport == 53 && env.IsLocal(to) {
+	// The answer of a server on another port to one who asks it from port 53 is UDP
+	// to port 53, for which raw has no state to tell it from a query: with a zone
+	// for queries it is redirected (README.md, Limits).
+	if split := t.cfg.DNS.On() && !t.cfg.DNS.SkipConntrackZoneSplit; split && sport == 53 && env.IsLocal(to) && p.Destination.Port() != 53 {
 		sport = 0
 	}
 	if p.State == sim.Midstream && !t.host.PassthroughAddress && (from == passing[1] || to == passing[1]) {
