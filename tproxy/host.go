@@ -75,7 +75,8 @@ type Variant struct {
 	Default bool
 	// Rules is whether the kernel holds rules of this variant.
 	Rules bool
-	// Ours are the families in which some of those rules are ours.
+	// Ours are the families in which some of those rules are ours, or were left by
+	// Kuma's own installer.
 	Ours []rules.Family
 	// Unknown is the reason for which Rules and Ours could not be told.
 	Unknown string

@@ -130,12 +130,13 @@ var (
 	}
 )
 
-// commentPrefix begins the comment of every jump: Kuma's own uninstall looks
-// for it.
+// commentPrefix begins the comment of every jump, and of the record: Kuma's own
+// uninstall looks for it.
 const commentPrefix = "kuma/mesh/transparent/proxy/"
 
 // Known returns what rules.Set.Ours takes for ours: every chain and every jump
-// that this or an earlier version of the module makes.
+// that this or an earlier version of the module makes. What Kuma's own installers
+// make beside it, Find knows.
 func Known() rules.Set {
 	return rules.Set{
 		Bases: []rules.BaseChain{
@@ -165,7 +166,9 @@ type Record struct {
 }
 
 const (
-	recordHead    = "kuma-tproxy 1"
+	// With the prefix too: Kuma's own uninstall refuses chains of ours without any
+	// comment of its own, as --disable-comments would leave them.
+	recordHead    = commentPrefix + "kuma-tproxy 1"
 	recordAddress = "passthrough-address=ours"
 )
 

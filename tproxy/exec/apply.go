@@ -36,6 +36,7 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
+	t.report.Notes = append(t.report.Notes, t.kuma("replaced")...)
 	t.report.Notes = append(t.report.Notes, t.listening(p)...)
 	t.report.Notes = append(t.report.Notes, t.filters(p)...)
 	t.report.Notes = append(t.report.Notes, t.others(p)...)
@@ -44,9 +45,10 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 }
 
 // Remove takes out everything of ours, whoever installed it, for whichever
-// user, variant, and with or without comments: chains by their names, jumps by
-// their exact rule, the address ::6 if the record says that we made it. What is
-// not ours stays as it is. With nothing of ours there, nothing is written.
+// user, variant, and with or without comments, and what Kuma's own installers left
+// (tproxy.Find): chains by their names, jumps by their exact rule, the address ::6
+// if the record says that we made it, or Kuma's installer did. What is not ours
+// stays as it is. With nothing of ours there, nothing is written.
 func (r *Runner) Remove(ctx context.Context, o RemoveOptions) (*Report, error) {
 	s, err := r.session()
 	if err != nil {
@@ -66,6 +68,11 @@ func (r *Runner) Remove(ctx context.Context, o RemoveOptions) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
+	done := "taken out"
+	if o.DryRun {
+		done = "to be taken out"
+	}
+	t.report.Notes = append(t.report.Notes, t.kuma(done)...)
 	t.report.Retries, t.report.Processes = s.retries, s.processes
 	return t.report, nil
 }
@@ -179,7 +186,11 @@ func (t *transaction) execute(ctx context.Context, ipv6 bool, find func() ([]job
 			return err
 		}
 		jobs[i].before = l
-		if was, ok := tproxy.ReadRecord(l.ours); ok && was.PassthroughAddressOurs {
+		if was, ok := tproxy.ReadRecord(l.Ours); ok && was.PassthroughAddressOurs {
+			rec.PassthroughAddressOurs = true
+		}
+		if len(l.Kuma) > 0 && jobs[i].family == rules.IPv6 {
+			// Kuma's installer adds ::6 wherever it has rules for IPv6, and leaves it.
 			rec.PassthroughAddressOurs = true
 		}
 	}
@@ -213,7 +224,7 @@ func (t *transaction) write(ctx context.Context, jobs []job, rec tproxy.Record, 
 		// Before anything is written: to take the last NAT rule out and put it
 		// back would cost the redirected connections.
 		j := &jobs[i]
-		if len(rules.Compare(j.family, j.before.ours, j.want(rec))) == 0 {
+		if len(rules.Compare(j.family, j.before.Ours, j.want(rec))) == 0 {
 			continue
 		}
 		if err := blocked(j, j.before); err != nil {
@@ -281,7 +292,7 @@ func (t *transaction) did(step, what string, back func(context.Context) (bool, e
 // replace turns what is ours in one family of one backend into want.
 func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error {
 	now := j.before
-	fr := FamilyReport{Family: j.family, Backend: j.variant.Backend, Changes: rules.Compare(j.family, now.ours, want)}
+	fr := FamilyReport{Family: j.family, Backend: j.variant.Backend, Changes: rules.Compare(j.family, now.Ours, want)}
 	done := func() error {
 		t.report.Changed = true
 		t.report.Steps = append(t.report.Steps, j.step)
@@ -289,7 +300,7 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 		return nil
 	}
 	for try := 1; ; try++ {
-		if len(rules.Compare(j.family, now.ours, want)) == 0 {
+		if len(rules.Compare(j.family, now.Ours, want)) == 0 {
 			if try > 1 {
 				return done() // a try that reported a failure had done it
 			}
@@ -299,7 +310,7 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 		if err := blocked(j, now); err != nil {
 			return err
 		}
-		fr.Script = rules.Transition(j.family, now.ours, want)
+		fr.Script = rules.Transition(j.family, now.Ours, want)
 		if t.dryRun {
 			t.report.Steps = append(t.report.Steps, j.step)
 			t.report.Families = append(t.report.Families, fr)
@@ -357,7 +368,7 @@ func (t *transaction) putBack(ctx context.Context, j *job) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	script := rules.Transition(j.family, now.ours, j.before.ours)
+	script := rules.Transition(j.family, now.Ours, j.before.Ours)
 	if script == nil {
 		return false, nil
 	}
@@ -369,13 +380,13 @@ func (t *transaction) putBack(ctx context.Context, j *job) (bool, error) {
 // filled: other packets than those of our own jump would meet our rules. The
 // rule is not ours to take out.
 func blocked(j *job, now live) error {
-	if len(now.references) == 0 {
+	if len(now.References) == 0 {
 		return nil
 	}
-	ref := now.references[0]
+	ref := now.References[0]
 	return &ApplyError{Step: j.step, Family: j.family, Table: ref.Table,
 		Err:    fmt.Errorf("a rule that is not ours jumps to our chain %s: %s", ref.Rule.Target(), ref),
-		Remedy: "take that rule out first; if Kuma's own installer made it, with Kuma's uninstall"}
+		Remedy: "take that rule out first"}
 }
 
 // rollback takes back what was done, the last first, and says so in the error.

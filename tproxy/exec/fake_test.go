@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -247,6 +248,16 @@ func (m *fakeMachine) readFile(path string) ([]byte, error) {
 		return nil, fs.ErrNotExist
 	}
 	return []byte(text), nil
+}
+
+func (m *fakeMachine) glob(patterns ...string) (out []string) {
+	for name := range m.files {
+		if slices.ContainsFunc(patterns, func(p string) bool { ok, _ := filepath.Match(p, name); return ok }) {
+			out = append(out, name)
+		}
+	}
+	slices.Sort(out)
+	return out
 }
 
 func (m *fakeMachine) environ(key string) string { return m.env[key] }

@@ -76,6 +76,8 @@ type machine interface {
 	userByName(name string) (uid uint32, ok bool)
 	userByID(uid uint32) (name string, ok bool)
 	readFile(path string) ([]byte, error)
+	// glob lists the files that match one of the patterns (filepath.Match).
+	glob(patterns ...string) []string
 	environ(key string) string
 	privileged() error
 	procs() procfs.FS
@@ -328,6 +330,14 @@ func (system) readFile(path string) ([]byte, error) {
 		return nil, fmt.Errorf("%s has %d bytes: at most %d are read", path, info.Size(), maxFile)
 	}
 	return os.ReadFile(path)
+}
+
+func (system) glob(patterns ...string) (out []string) {
+	for _, p := range patterns {
+		found, _ := filepath.Glob(p) // the error is for a malformed pattern
+		out = append(out, found...)
+	}
+	return out
 }
 
 func (system) environ(key string) string { return os.Getenv(key) }

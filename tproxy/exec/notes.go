@@ -3,6 +3,8 @@ package exec
 import (
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -71,8 +73,8 @@ func (t *transaction) others(p *tproxy.Plan) (notes []string) {
 		if j.variant.Backend != p.Backend || !slices.Contains(p.Families, j.family) {
 			continue
 		}
-		f, rec := j.family, tproxy.Record{}
-		set := with(f, j.before, p.WithRecord(rec))
+		f := j.family
+		set := only(rules.NAT, rules.After(f, j.before.all, j.before.Ours, p.Rules))
 		for _, d := range []struct {
 			what   string
 			off    bool
@@ -102,57 +104,45 @@ func (t *transaction) others(p *tproxy.Plan) (notes []string) {
 	return notes
 }
 
+// kuma says what of Kuma's own installers was found, and what they left beside rules.
+func (t *transaction) kuma(done string) (notes []string) {
+	for _, j := range t.jobs {
+		where := fmt.Sprintf("%s %s", j.variant.Backend, j.family)
+		if found := j.before.Kuma; len(found) > 0 {
+			notes = append(notes, fmt.Sprintf("rules of Kuma's own installer, %s: %s (%s)", done, where, strings.Join(found, ", ")))
+		}
+		if slices.Contains(j.before.Kuma, "mangle MESH_TPROXY") {
+			notes = append(notes, "Kuma's installer may have left a route for its TPROXY mode; to see it: ip rule list fwmark 1337")
+		}
+		for _, d := range j.before.Doubtful {
+			notes = append(notes, fmt.Sprintf("left in %s: %s; Kuma's own installer makes such a rule, and so may anybody; if it is Kuma's: %s -t %s -D %s %s",
+				where, d, strings.TrimSuffix(filepath.Base(j.variant.For(j.family).Restore), "-restore"), d.Table, d.Chain, d.Rule.Listed()))
+		}
+	}
+	for _, path := range t.m.glob(kumaBackups...) {
+		notes = append(notes, fmt.Sprintf("%s is a copy of the rules that Kuma's own installer left; nothing reads it any more", path))
+	}
+	for _, path := range t.m.glob(kumaResolvConf) {
+		notes = append(notes, fmt.Sprintf("%s was left by Kuma, perhaps long ago, and is not used; Kuma's own uninstall would put it in the place of %s: compare the two and delete it", path, tproxy.DefaultResolvConf))
+	}
+	return notes
+}
+
+// What Kuma's installers leave beside rules: a copy of all rules for each time that
+// they replaced them (pkg/transparentproxy/config/utils.go), in the folder for
+// temporary files, and the resolv.conf of before Kuma 1.x changed it.
+var kumaBackups = []string{
+	filepath.Join(os.TempDir(), "iptables-rules.????-??-??-??????.txt.backup"),
+	filepath.Join(os.TempDir(), "ip6tables-rules.????-??-??-??????.txt.backup"),
+}
+
+const kumaResolvConf = tproxy.DefaultResolvConf + ".kuma-backup"
+
 // A user and a port that nobody is likely to have named.
 const (
 	stranger    = 3_999_999_999
 	strangePort = 49_151
 )
-
-// with is the nat table as it is once the plan is in place: what is ours taken
-// out of it, and the plan's rules in the places that they get.
-func with(f rules.Family, before live, want rules.Set) rules.Set {
-	want = want.Lower(f)
-	var out rules.Set
-	for _, c := range want.Chains {
-		if c.Table == rules.NAT {
-			out.Chains = append(out.Chains, c)
-		}
-	}
-	for _, c := range before.all.Chains {
-		if _, ours := before.ours.Chain(c.Table, c.Name); c.Table == rules.NAT && !ours {
-			out.Chains = append(out.Chains, c)
-		}
-	}
-	for _, hook := range []rules.Hook{rules.Prerouting, rules.Output} {
-		live, _ := before.all.Base(rules.NAT, hook)
-		was, _ := before.ours.Base(rules.NAT, hook)
-		w, _ := want.Base(rules.NAT, hook)
-		at := 0 // where ours go, among others'
-		switch {
-		case len(was.Rules) > 0:
-			at = was.Rules[0].At - 1
-		case w.Place == rules.Last:
-			at = len(live.Rules)
-		}
-		isOurs := func(i int) bool {
-			return slices.ContainsFunc(was.Rules, func(r rules.Rule) bool { return r.At == i+1 })
-		}
-		c := rules.BaseChain{Table: rules.NAT, Hook: hook}
-		for i, r := range live.Rules {
-			if i == at {
-				c.Rules = append(c.Rules, w.Rules...)
-			}
-			if !isOurs(i) {
-				c.Rules = append(c.Rules, r)
-			}
-		}
-		if at >= len(live.Rules) {
-			c.Rules = append(c.Rules, w.Rules...)
-		}
-		out.Bases = append(out.Bases, c)
-	}
-	return out
-}
 
 // otherFilter speaks of the filter table of the variant that was not chosen,
 // whose policy cannot be told without a save, which may make tables.

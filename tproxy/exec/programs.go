@@ -132,11 +132,11 @@ func (s *session) inKernel(v *tproxy.Variant) {
 	}
 }
 
-// hasOurs reports whether one of our chains stands in one of the tables.
+// hasOurs reports whether one of our chains, or of those of Kuma's own installers,
+// stands in one of the tables.
 func (s *session) hasOurs(nft bool, f rules.Family, tables []rules.Table) (bool, error) {
-	known := tproxy.Known()
 	for _, t := range tables {
-		if t != rules.NAT && t != rules.Raw {
+		if t != rules.NAT && t != rules.Raw && t != rules.Mangle {
 			continue
 		}
 		names, err := s.m.chains(nft, f, t)
@@ -144,7 +144,7 @@ func (s *session) hasOurs(nft bool, f rules.Family, tables []rules.Table) (bool,
 			return false, fmt.Errorf("%s table %s: %w", f, t, err)
 		}
 		for _, n := range names {
-			if _, ok := known.Chain(t, n); ok {
+			if tproxy.KnownChain(t, n) {
 				return true, nil
 			}
 		}

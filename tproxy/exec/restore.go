@@ -18,9 +18,8 @@ import (
 
 // live is what iptables-save said of a family.
 type live struct {
-	all        rules.Set
-	ours       rules.Set
-	references []rules.Reference
+	all rules.Set
+	tproxy.Found
 }
 
 // savedText is what iptables-save prints of a family, and the step that it is.
@@ -56,9 +55,7 @@ func (s *session) save(ctx context.Context, v tproxy.Variant, f rules.Family) (l
 	if err != nil {
 		return live{}, &ApplyError{Step: step, Family: f, Program: path, Err: err}
 	}
-	l := live{all: all}
-	l.ours, l.references = all.Ours(f, tproxy.Known())
-	return l, nil
+	return live{all, tproxy.Find(f, all)}, nil
 }
 
 // incompatible reports whether iptables-nft-save passed over a table.

@@ -116,7 +116,16 @@ func ParseRule(f Family, line string) (chain string, r Rule, err error) {
 	if err := p.parseSpec(words[2:], &r); err != nil {
 		return "", Rule{}, err
 	}
+	r.listed = p.listed(words[2:])
 	return words[1].text, r, nil
+}
+
+// listed is the text of the words.
+func (p *parser) listed(words []word) string {
+	if len(words) == 0 {
+		return ""
+	}
+	return p.text[words[0].start:words[len(words)-1].end]
 }
 
 // word is a word of a line: its text without quotes, and where it stands.
@@ -520,6 +529,7 @@ func (p *parser) parseRule() (err error) {
 	if err := p.parseSpec(words, &r); err != nil {
 		return err
 	}
+	r.listed = p.listed(words)
 	if to := p.chains[r.Target()]; to != nil && p.strict {
 		p.jumps = append(p.jumps, jump{to, c.jumps, p.line, p.start, p.end})
 		c.jumps = len(p.jumps)
@@ -664,9 +674,7 @@ func groupEnd(words []word, i int) int {
 	return len(words)
 }
 
-func (p *parser) opaque(words []word) Opaque {
-	return Opaque{p.text[words[0].start:words[len(words)-1].end]}
-}
+func (p *parser) opaque(words []word) Opaque { return Opaque{p.listed(words)} }
 
 // parseSpec reads what stands behind the chain's name.
 func (p *parser) parseSpec(words []word, r *Rule) error {

@@ -126,7 +126,14 @@ type Rule struct {
 	// Counter is what the kernel counted, where ParseSave was given counters.
 	// It is not part of a rule's identity.
 	Counter Counter
+
+	listed string // see Listed
 }
+
+// Listed is how the line that ParseSave or ParseRule read goes on behind the
+// chain's name; empty for a rule that was not read. The order of the matches in it
+// is the kernel's, and iptables -D finds a rule only in that order.
+func (r Rule) Listed() string { return r.listed }
 
 // Counter counts the packets, and their bytes, that met a rule.
 type Counter struct{ Packets, Bytes uint64 }

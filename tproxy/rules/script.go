@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 )
 
 // Reference is a foreign rule that jumps to a chain of ours.
@@ -79,7 +80,7 @@ func Transition(f Family, ours, want Set) []byte {
 	}
 	var b []byte
 	for _, t := range order {
-		b = appendTransition(b, t, ours, want)
+		b = appendTransition(b, f, t, ours, want)
 	}
 	if len(b) == 0 {
 		return nil
@@ -91,7 +92,7 @@ func (s Set) uses(t Table) bool {
 	return slices.ContainsFunc(s.Chains, func(c Chain) bool { return c.Table == t })
 }
 
-func appendTransition(b []byte, t Table, ours, want Set) []byte {
+func appendTransition(b []byte, f Family, t Table, ours, want Set) []byte {
 	start := len(b)
 	b = fmt.Appendf(b, "*%s\n", t)
 	head := len(b)
@@ -115,18 +116,18 @@ func appendTransition(b []byte, t Table, ours, want Set) []byte {
 	}
 	for _, l := range ours.Bases {
 		if _, ok := want.Base(t, l.Hook); l.Table == t && !ok {
-			b = appendJumps(b, ours, want, l, BaseChain{Table: t, Hook: l.Hook})
+			b = appendEdits(b, f, l.Rules, BaseChain{Table: t, Hook: l.Hook})
 		}
 	}
 	for _, w := range want.Bases {
 		if w.Table == t {
 			l, _ := ours.Base(t, w.Hook)
-			b = appendJumps(b, ours, want, l, w)
+			b = appendEdits(b, f, l.Rules, w)
 		}
 	}
 	for _, c := range refill {
 		for i := range c.Rules {
-			b = want.appendLine(b, "-A ", c.Name, &c.Rules[i])
+			b = c.Rules[i].appendListed(b, f, "-A ", c.Name)
 		}
 	}
 	for _, name := range gone {
@@ -138,58 +139,124 @@ func appendTransition(b []byte, t Table, ours, want Set) []byte {
 	return append(b, "COMMIT\n"...)
 }
 
-// appendJumps appends the lines that turn our rules of a base chain into the
-// wanted ones. A rule that is right stays; one that takes another's place is
-// inserted where that one stands, and one that was there before (see Rule.At)
-// where it stood, so that others' rules keep their place in front of ours and
-// behind.
-func appendJumps(b []byte, ours, want Set, live, w BaseChain) []byte {
+// After returns what live becomes by the script of Transition; of ours the At
+// counts.
+func After(f Family, live, ours, want Set) Set {
+	ours, want = ours.forCompare(f), want.forCompare(f)
+	out := Set{Only: f}
+	for _, c := range live.Bases {
+		l, _ := ours.Base(c.Table, c.Hook)
+		w, ok := want.Base(c.Table, c.Hook)
+		if !ok {
+			w = BaseChain{Table: c.Table, Hook: c.Hook}
+		}
+		c.Rules = edited(c.Rules, edits(l.Rules, w))
+		out.Bases = append(out.Bases, c)
+	}
+	for _, w := range want.Bases {
+		if _, ok := live.Base(w.Table, w.Hook); !ok {
+			out.Bases = append(out.Bases, w)
+		}
+	}
+	for _, c := range live.Chains {
+		if _, gone := ours.Chain(c.Table, c.Name); !gone {
+			out.Chains = append(out.Chains, c)
+		}
+	}
+	out.Chains = append(out.Chains, want.Chains...)
+	return out
+}
+
+// edit is a line of a script that changes a base chain.
+type edit struct {
+	rule Rule
+	// at is where the rule goes in, counted from 1 when its turn has come; 0 is the
+	// end, and gone says that it is deleted instead.
+	at   int
+	gone bool
+}
+
+func appendEdits(b []byte, f Family, live []Rule, w BaseChain) []byte {
 	hook := string(w.Hook)
-	inserts, gone, ok := moves(live.Rules, w)
-	if !ok {
-		// No such moves give the wanted order: all are deleted, and made anew.
-		for i := range live.Rules {
-			b = ours.appendLine(b, "-D ", hook, &live.Rules[i])
+	for _, e := range edits(live, w) {
+		switch {
+		case e.gone:
+			b = e.rule.appendListed(b, f, "-D ", hook)
+		case e.at == 0:
+			b = e.rule.appendListed(b, f, "-A ", hook)
+		default:
+			b = e.rule.appendListed(b, f, "-I ", hook+" "+strconv.Itoa(e.at))
 		}
-		inserts, gone = nil, nil
-		for i, r := range w.Rules {
-			inserts = append(inserts, insert{r, i + 1})
-		}
-		if w.Place == Last {
-			for i := range inserts {
-				inserts[i].at = 0
-			}
-		}
-	}
-	for _, in := range inserts {
-		if in.at == 0 {
-			b = want.appendLine(b, "-A ", hook, &in.rule)
-		} else {
-			b = want.appendLine(b, "-I ", hook+" "+strconv.Itoa(in.at), &in.rule)
-		}
-	}
-	for i := range gone {
-		b = ours.appendLine(b, "-D ", hook, &gone[i])
 	}
 	return b
 }
 
-// insert is a rule that goes in at a place, counted from 1 when its turn has
-// come; 0 is the end.
-type insert struct {
+// appendListed appends a line with the rule as it was listed, where it still says
+// the same: what others made has its matches in another order than ours, and may
+// hold what this package has no type for.
+func (r *Rule) appendListed(b []byte, f Family, verb, chain string) []byte {
+	if r.listed != "" && strings.IndexByte(r.listed, '\n') < 0 {
+		if _, q, err := ParseRule(f, "-A x "+r.listed); err == nil && q.Equal(*r) {
+			b = append(append(b, verb...), chain...)
+			return append(append(append(b, ' '), r.listed...), '\n')
+		}
+	}
+	return Set{}.appendLine(b, verb, chain, r)
+}
+
+// edited carries out the edits.
+func edited(list []Rule, es []edit) []Rule {
+	list = slices.Clone(list)
+	for _, e := range es {
+		switch i := slices.IndexFunc(list, e.rule.Equal); {
+		case e.gone && i >= 0:
+			list = slices.Delete(list, i, i+1)
+		case e.gone:
+		case e.at == 0 || e.at > len(list):
+			list = append(list, e.rule)
+		default:
+			list = slices.Insert(list, e.at-1, e.rule)
+		}
+	}
+	return list
+}
+
+// edits turns our rules of a base chain into the wanted ones. A rule that is right
+// stays; one that takes another's place is inserted where that one stands, and one
+// that was there before (see Rule.At) where it stood, so that others' rules keep
+// their place in front of ours and behind.
+func edits(live []Rule, w BaseChain) []edit {
+	es, ok := moves(live, w)
+	if ok {
+		return es
+	}
+	// No such moves give the wanted order: all are deleted, and made anew.
+	es = es[:0]
+	for _, r := range live {
+		es = append(es, edit{rule: r, gone: true})
+	}
+	for i, r := range w.Rules {
+		at := i + 1
+		if w.Place == Last {
+			at = 0
+		}
+		es = append(es, edit{rule: r, at: at})
+	}
+	return es
+}
+
+// spot is a rule of ours in a chain, and where.
+type spot struct {
 	rule Rule
 	at   int
+	gone bool
 }
 
 // moves finds the rules to insert and those to delete afterwards. ok is false
 // where the outcome would not be in the wanted order.
-func moves(live []Rule, w BaseChain) (inserts []insert, gone []Rule, ok bool) {
-	type place struct {
-		rule Rule
-		at   int
-		gone bool
-	}
-	var now []place // in the order of the chain
+func moves(live []Rule, w BaseChain) (es []edit, ok bool) {
+	var now []spot // in the order of the chain
+	var gone []edit
 	spare := count(w.Rules)
 	for i, r := range live {
 		at := r.At
@@ -200,32 +267,20 @@ func moves(live []Rule, w BaseChain) (inserts []insert, gone []Rule, ok bool) {
 		if !stays {
 			// -D deletes the first rule that is equal: it must not be one that
 			// stays.
-			if slices.ContainsFunc(now, func(p place) bool { return !p.gone && p.rule.Equal(r) }) {
-				return nil, nil, false
+			if slices.ContainsFunc(now, func(p spot) bool { return !p.gone && p.rule.Equal(r) }) {
+				return nil, false
 			}
-			gone = append(gone, r)
+			gone = append(gone, edit{rule: r, gone: true})
 		}
-		now = append(now, place{r, at, !stays})
+		now = append(now, spot{r, at, !stays})
 	}
 	there := count(live)
 	for i, r := range w.Rules {
 		if there.take(r) {
 			continue
 		}
-		at := r.At
-		if j := slices.IndexFunc(now, func(p place) bool { return p.gone && p.rule.Target() == r.Target() }); j >= 0 && at == 0 {
-			at = now[j].at
-		}
-		if j := slices.IndexFunc(now, func(p place) bool { return i+1 < len(w.Rules) && p.rule.Equal(w.Rules[i+1]) }); j >= 0 && at == 0 {
-			at = now[j].at
-		}
-		if j := slices.IndexFunc(now, func(p place) bool { return i > 0 && p.rule.Equal(w.Rules[i-1]) }); j >= 0 && at == 0 {
-			at = now[j].at + 1
-		}
-		if at == 0 && w.Place == First {
-			at = 1
-		}
-		inserts = append(inserts, insert{r, at})
+		at := placeOf(now, w, i)
+		es = append(es, edit{rule: r, at: at})
 		for j := range now {
 			if at > 0 && now[j].at >= at {
 				now[j].at++
@@ -234,8 +289,8 @@ func moves(live []Rule, w BaseChain) (inserts []insert, gone []Rule, ok bool) {
 		if at == 0 {
 			at = 1<<31 - 1
 		}
-		now = append(now, place{r, at, false})
-		slices.SortStableFunc(now, func(a, b place) int { return a.at - b.at })
+		now = append(now, spot{r, at, false})
+		slices.SortStableFunc(now, func(a, b spot) int { return a.at - b.at })
 	}
 	var after []Rule
 	for _, p := range now {
@@ -243,5 +298,45 @@ func moves(live []Rule, w BaseChain) (inserts []insert, gone []Rule, ok bool) {
 			after = append(after, p.rule)
 		}
 	}
-	return inserts, gone, slices.EqualFunc(after, w.Rules, Rule.Equal)
+	return append(es, gone...), slices.EqualFunc(after, w.Rules, Rule.Equal)
+}
+
+// placeOf returns where the i-th rule of w goes in: where it stood before; else in
+// the place of the one that it differs from by the comment alone; else next to its
+// neighbours; else where w's Place says. For one that goes last that is in front of
+// the first jump that goes: what stands behind that one met its packets later.
+func placeOf(now []spot, w BaseChain, i int) int {
+	r := w.Rules[i]
+	if at := r.At; at > 0 {
+		// At counts the chain as it will be: those that go still stand in it.
+		for _, p := range now {
+			if p.gone && p.at <= at {
+				at++
+			}
+		}
+		return at
+	}
+	find := func(is func(spot) bool) (at int) {
+		if j := slices.IndexFunc(now, is); j >= 0 {
+			return now[j].at
+		}
+		return 0
+	}
+	at := find(func(p spot) bool { q := p.rule; q.Why = r.Why; return p.gone && q.Equal(r) })
+	if at == 0 {
+		at = find(func(p spot) bool { return i+1 < len(w.Rules) && p.rule.Equal(w.Rules[i+1]) })
+	}
+	if at == 0 {
+		if at = find(func(p spot) bool { return i > 0 && p.rule.Equal(w.Rules[i-1]) }); at > 0 {
+			at++
+		}
+	}
+	switch {
+	case at > 0:
+	case w.Place == First:
+		at = 1
+	default:
+		at = find(func(p spot) bool { return p.gone && p.rule.Target() != "" })
+	}
+	return at
 }

@@ -70,14 +70,14 @@ func (n *Netfilter) Save() []byte {
 		for _, c := range n.set.Bases {
 			if c.Table == t {
 				for _, r := range c.Rules {
-					fmt.Fprintf(&b, "-A %s %s\n", c.Hook, r)
+					fmt.Fprintf(&b, "-A %s %s\n", c.Hook, listed(r))
 				}
 			}
 		}
 		for _, c := range n.set.Chains {
 			if c.Table == t {
 				for _, r := range c.Rules {
-					fmt.Fprintf(&b, "-A %s %s\n", c.Name, r)
+					fmt.Fprintf(&b, "-A %s %s\n", c.Name, listed(r))
 				}
 			}
 		}
@@ -146,6 +146,13 @@ func (n *Netfilter) edit(s *rules.Set, t rules.Table, text string) string {
 		return ""
 	}
 	chain, _, _ := strings.Cut(rest, " ")
+	if verb == "-N" {
+		if chainAt(*s, t, chain) >= 0 {
+			return "chain " + chain + ": Chain already exists"
+		}
+		s.Chains = append(s.Chains, rules.Chain{Table: t, Name: chain})
+		return ""
+	}
 	if verb == "-X" {
 		i := chainAt(*s, t, chain)
 		switch {
@@ -181,7 +188,7 @@ func (n *Netfilter) edit(s *rules.Set, t rules.Table, text string) string {
 	case "-A", "-I":
 		*list = slices.Insert(*list, at, r)
 	case "-D":
-		i := slices.IndexFunc(*list, r.Equal)
+		i := slices.IndexFunc(*list, func(q rules.Rule) bool { return q.Equal(r) && commentLast(q) == commentLast(r) })
 		if i < 0 {
 			return "Bad rule (does a matching rule exist in that chain?)"
 		}
@@ -190,6 +197,22 @@ func (n *Netfilter) edit(s *rules.Set, t rules.Table, text string) string {
 		return "what is " + verb + "?"
 	}
 	return ""
+}
+
+// listed is the rule as it was written where others wrote it: its matches keep their
+// order, and multiport its name where there is one port.
+func listed(r rules.Rule) string {
+	if !commentLast(r) || strings.Contains(r.Listed(), "-m multiport ") {
+		return r.Listed()
+	}
+	return r.String()
+}
+
+// commentLast reports whether no match stands behind the comment. -D finds only a
+// rule with its matches in the same order.
+func commentLast(r rules.Rule) bool {
+	_, behind, commented := strings.Cut(r.Listed(), "--comment ")
+	return !commented || !strings.Contains(behind, " -m ")
 }
 
 func chainAt(s rules.Set, t rules.Table, name string) int {
