@@ -898,7 +898,7 @@ func TestK7NoComments(t *testing.T) {
 	before := m.state()
 	c := tproxy.Config{DisableComments: true, DNS: tproxy.DNS{CaptureAll: true}}
 	m.install(t, c)
-	if strings.Contains(strings.ReplaceAll(m.all(), "kuma-tproxy 1", ""), "kuma/mesh") {
+	if strings.Contains(strings.ReplaceAll(m.all(), "kuma/mesh/transparent/proxy/kuma-tproxy 1", ""), "kuma/mesh") {
 		t.Errorf("there are comments:\n%s", m.all())
 	}
 	if r := m.install(t, c); r.Changed {
