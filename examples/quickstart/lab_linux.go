@@ -10,7 +10,6 @@ import (
 	osexec "os/exec"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/kumahq/kuma-tproxy/internal/netlab"
@@ -283,18 +282,6 @@ func (s *stage) control(ctx context.Context) error {
 	})
 }
 
-// count is what became of the connections of one direction.
-type count struct {
-	direction string
-	from      *netlab.Namespace
-	uid       uint32
-	to        netip.AddrPort
-	proxy     string // who answers one that is redirected
-	server    string // who answers one that is not
-
-	made, escaped, broken int
-}
-
 // longLived is how many redirected connections stay open during the re-installs.
 const longLived = 40
 
@@ -309,44 +296,11 @@ func (s *stage) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	counts := []*count{
-		{direction: "in", from: s.lab.Client, to: netip.AddrPortFrom(netlab.Host4, 80), proxy: "in", server: "web"},
-		{direction: "out", from: s.lab.Host, uid: 1000, to: netip.AddrPortFrom(netlab.Internet4, 443), proxy: "out", server: "site"},
-	}
-	var held []*netlab.Held
-	for _, c := range counts {
-		for range longLived / len(counts) {
-			h, err := s.lab.Hold(c.from, c.uid, c.to)
-			if err != nil {
-				return fmt.Errorf("a long-lived connection %s: %w", c.direction, err)
-			}
-			defer h.Close()
-			held = append(held, h)
-		}
-	}
-	done := make(chan struct{})
-	var clients sync.WaitGroup
-	for _, c := range counts {
-		clients.Go(func() {
-			for {
-				select {
-				case <-done:
-					return
-				default:
-				}
-				seen, err := s.lab.Dial(c.from, c.uid, "tcp", netip.AddrPort{}, c.to)
-				switch {
-				case err == nil && seen.Who == c.proxy:
-					c.made++
-				case err == nil && seen.Who == c.server:
-					c.escaped++
-				default:
-					c.broken++
-				}
-				// No more than a few thousand a second: there are 28,000 ports.
-				time.Sleep(200 * time.Microsecond)
-			}
-		})
+	load, err := s.lab.Load(
+		netlab.Stream{Name: "in", Held: longLived / 2, From: s.lab.Client, To: netip.AddrPortFrom(netlab.Host4, 80), Want: "in", Else: "web"},
+		netlab.Stream{Name: "out", Held: longLived / 2, From: s.lab.Host, UID: 1000, To: netip.AddrPortFrom(netlab.Internet4, 443), Want: "out", Else: "site"})
+	if err != nil {
+		return fmt.Errorf("long-lived connections: %w", err)
 	}
 	const duration = 3 * time.Second
 	installs := 0
@@ -357,31 +311,24 @@ func (s *stage) load(ctx context.Context) error {
 		}
 		err = s.apply(ctx, next)
 	}
-	close(done)
-	clients.Wait()
+	tallies, alive, held := load.Stop()
 	if err != nil {
 		return err
 	}
 	s.linef("%d re-installs in %s; a connection that the proxy did not see has escaped", installs, duration)
 	var rows [][]cell
-	for _, c := range counts {
+	for _, t := range tallies {
 		rows = append(rows, []cell{
-			plain(c.direction), plain(fmt.Sprint(c.made)),
-			verdict(fmt.Sprint(c.escaped), "0"), verdict(fmt.Sprint(c.broken), "0"),
+			plain(t.Name), plain(fmt.Sprint(t.Right)),
+			verdict(fmt.Sprint(t.Wrong), "0"), verdict(fmt.Sprint(t.Broken), "0"),
 		})
-		if c.made == 0 || c.escaped+c.broken > 0 {
+		if t.Right == 0 || t.Wrong+t.Broken > 0 {
 			s.wrong++
 		}
 	}
 	s.table([]string{"direction", "through the proxy", "escaped", "broken"}, rows)
-	alive := 0
-	for _, h := range held {
-		if h.Alive() {
-			alive++
-		}
-	}
-	s.linef("%d of %d connections from before the first of them live on", alive, len(held))
-	if alive < len(held) {
+	s.linef("%d of %d connections from before the first of them live on", alive, held)
+	if alive < held {
 		s.wrong++
 	}
 	return nil

@@ -2,6 +2,7 @@ package exec_test
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -175,4 +176,58 @@ func TestKumaOverOurs(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Under load, no connection escapes while Kuma's rules go and ours come, none that
+// both exclude is caught, and those from before live on. bench/moveover does it for
+// every installer, and longer.
+func TestMovingOverUnderLoad(t *testing.T) {
+	for _, i := range []oldkuma.Installer{oldkuma.First, oldkuma.Third} {
+		t.Run(i.String(), func(t *testing.T) {
+			eachVariant(t, func(w *world) {
+				w.serve()
+				w.proxy(netlab.Answer)
+				w.kuma(i, oldkuma.Options{DNS: true, ExcludeIn: []uint16{8080}})
+				c := tproxy.Config{Inbound: tproxy.Inbound{ExcludePorts: rules.MustPorts("8080")}, DNS: tproxy.DNS{CaptureAll: true}}
+				load, err := w.Load(
+					netlab.Stream{Name: "in", From: w.Client, To: netip.AddrPortFrom(netlab.Host6, 80), Want: "in", Else: "app", Held: 10},
+					netlab.Stream{Name: "out", From: w.Host, UID: appUID, To: netip.AddrPortFrom(netlab.Internet4, 443), Want: "out", Else: "remote", Held: 10},
+					netlab.Stream{Name: "excluded", From: w.Client, To: netip.AddrPortFrom(netlab.Host4, 8080), Want: "app", Else: "in"})
+				if err != nil {
+					w.Fatal(err)
+				}
+				for range 5 {
+					before := make(map[rules.Family]rules.Set)
+					for _, f := range rules.Families() {
+						before[f] = w.found(f).Ours
+					}
+					if r := w.install(c); !r.Changed {
+						w.Error("nothing changed")
+					}
+					for _, f := range rules.Families() { // and back, in one transaction
+						w.on(string(rules.Transition(f, w.found(f).Ours, before[f])), w.program(f, "restore"), "--noflush")
+					}
+				}
+				tallies, alive, held := load.Stop()
+				for _, s := range tallies {
+					if s.Right == 0 || s.Wrong > 0 || s.Broken > 0 {
+						w.Errorf("%s: %d right, %d wrong, %d broken", s.Name, s.Right, s.Wrong, s.Broken)
+					}
+				}
+				if alive != held {
+					w.Errorf("%d of %d long-lived connections live on", alive, held)
+				}
+			})
+		})
+	}
+}
+
+// found is what Find finds in the variant's own list.
+func (w *world) found(f rules.Family) tproxy.Found {
+	w.Helper()
+	all, err := rules.ParseSave(f, []byte(w.on("", w.program(f, "save"))))
+	if err != nil {
+		w.Fatal(err)
+	}
+	return tproxy.Find(f, all)
 }
