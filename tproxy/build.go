@@ -53,7 +53,7 @@ func (c Config) Validate() error {
 
 func (c Config) faults() (out []ConfigFault) {
 	fault := func(path string, value any, what, accepted string) {
-		out = append(out, ConfigFault{path, fmt.Sprint(value), what, accepted})
+		out = append(out, ConfigFault{Path: path, Value: fmt.Sprint(value), What: what, Accepted: accepted})
 	}
 	for _, u := range c.ProxyUIDs {
 		if u > rules.MaxUID {
@@ -112,14 +112,36 @@ func (c Config) faults() (out []ConfigFault) {
 			fault("redirect.outbound.excludePortsForUIDs", e, "names no user", "UIDs from 0 to 4294967294")
 		}
 	}
+	return append(out, c.patienceFaults()...)
+}
+
+// patienceFaults are those of the waits and the retries.
+func (c Config) patienceFaults() (out []ConfigFault) {
+	fault := func(path string, value any, what, accepted string) {
+		out = append(out, ConfigFault{Path: path, Value: fmt.Sprint(value), What: what, Accepted: accepted})
+	}
 	if c.Wait > 0 && c.Wait%time.Second != 0 || c.Wait >= 1<<31*time.Second {
 		fault("wait", c.Wait, "is not whole seconds", "0 s to 2^31-1 s in whole seconds")
 	}
 	if c.WaitInterval < 0 || c.WaitInterval%time.Microsecond != 0 || c.WaitInterval >= time.Second {
 		fault("waitInterval", c.WaitInterval, "is out of range", "0 µs to 999999 µs")
 	}
+	if c.MaxRetries > maxRetries {
+		fault("retry.maxRetries", c.MaxRetries, "is out of range", acceptedRetries)
+	}
+	if c.SleepBetweenRetries > maxSleep {
+		fault("retry.sleepBetweenRetries", c.SleepBetweenRetries, "is out of range", acceptedSleep)
+	}
 	return out
 }
+
+// The bounds of trying again: more would be to hang.
+const (
+	maxRetries      = 1000
+	maxSleep        = time.Hour
+	acceptedRetries = "a number from 0 to 1000"
+	acceptedSleep   = "a duration from 0s to 1h with its unit, such as 2s or 500ms"
+)
 
 // validUserName refuses what no name service takes, so that the name can stand
 // in messages: useradd(8), NOTES, less its rule on the case.
@@ -193,8 +215,8 @@ func (c Config) proxy(h Host) (rules.UIDs, *ConfigFault) {
 			return rules.UIDsOf(u.UID), nil
 		}
 	}
-	return rules.UIDs{}, &ConfigFault{"kumaDPUser", c.ProxyUser, "is no user of this host",
-		fmt.Sprintf("a user that exists or a UID; to create it: useradd -u %d -U %s", DefaultProxyUID, c.ProxyUser)}
+	return rules.UIDs{}, &ConfigFault{Path: "kumaDPUser", Value: c.ProxyUser, What: "is no user of this host",
+		Accepted: fmt.Sprintf("a user that exists or a UID; to create it: useradd -u %d -U %s", DefaultProxyUID, c.ProxyUser)}
 }
 
 // canonical returns the Config with its defaults filled in and its lists in
@@ -212,6 +234,12 @@ func (c Config) canonical(h Host, proxy rules.UIDs) Config {
 	c.Outbound.ExcludePortsForUIDs = canonicalExclusions(c.Outbound.ExcludePortsForUIDs)
 	c.DNS.ResolvConf = or(c.DNS.ResolvConf, DefaultResolvConf)
 	c.Wait = or(c.Wait, DefaultWait)
+	if c.MaxRetries, c.SleepBetweenRetries = c.Retries(); c.MaxRetries == 0 {
+		c.MaxRetries = -1 // zero would be the default
+	}
+	if c.SleepBetweenRetries == 0 {
+		c.SleepBetweenRetries = -1
+	}
 	c.Pod = c.Pod || h.Pod != ""
 	return c
 }

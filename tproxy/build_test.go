@@ -333,6 +333,8 @@ func TestCanonicalConfig(t *testing.T) {
 		DNS:  tproxy.DNS{Port: 15053, ResolvConf: "/etc/resolv.conf"},
 		Pod:  true,
 		Wait: 5 * time.Second,
+
+		MaxRetries: 4, SleepBetweenRetries: 2 * time.Second,
 	}
 	if d := cmp.Diff(want, p.Config, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); d != "" {
 		t.Error(d)

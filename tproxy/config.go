@@ -15,13 +15,15 @@ type UID = uint32
 
 // The values that stand for an unset field, as in Kuma.
 const (
-	DefaultProxyUID     UID    = 5678
-	DefaultProxyUser           = "kuma-dp" // when no user has the UID 5678
-	DefaultInboundPort  uint16 = 15006
-	DefaultOutboundPort uint16 = 15001
-	DefaultDNSPort      uint16 = 15053
-	DefaultWait                = 5 * time.Second
-	DefaultResolvConf          = "/etc/resolv.conf"
+	DefaultProxyUID            UID    = 5678
+	DefaultProxyUser                  = "kuma-dp" // when no user has the UID 5678
+	DefaultInboundPort         uint16 = 15006
+	DefaultOutboundPort        uint16 = 15001
+	DefaultDNSPort             uint16 = 15053
+	DefaultWait                       = 5 * time.Second
+	DefaultMaxRetries                 = 4
+	DefaultSleepBetweenRetries        = 2 * time.Second
+	DefaultResolvConf                 = "/etc/resolv.conf"
 )
 
 // SSHPort is the port that is protected unless Inbound.CaptureSSH says
@@ -60,6 +62,25 @@ type Config struct {
 	// WaitInterval is how long iptables sleeps between two tries for the lock,
 	// in whole microseconds; zero leaves it to iptables (1 s).
 	WaitInterval time.Duration
+	// MaxRetries is how often a step that failed is tried again where that can
+	// help: somebody held the xtables lock for all of Wait, or the kernel was
+	// busy. At most 1000; the zero value means 4, or none where Wait is negative,
+	// and a negative one means none. That others changed their rules meanwhile is
+	// not counted here.
+	MaxRetries int
+	// SleepBetweenRetries is how long to sleep before each of them, at most an
+	// hour; the zero value means 2 s and a negative one not at all.
+	SleepBetweenRetries time.Duration
+}
+
+// Retries returns how often to try again and how long to sleep before each time,
+// neither of them negative.
+func (c Config) Retries() (most int, sleep time.Duration) {
+	most = c.MaxRetries
+	if most == 0 && c.Wait >= 0 {
+		most = DefaultMaxRetries
+	}
+	return max(most, 0), max(or(c.SleepBetweenRetries, DefaultSleepBetweenRetries), 0)
 }
 
 // IPFamilyMode says for which families there are rules.
@@ -149,6 +170,48 @@ func (e UIDExclusion) Names(p rules.Protocol, port uint16, uid UID) bool {
 	return (e.Protocol == 0 || e.Protocol == p) && (e.Ports.IsEmpty() || e.Ports.Contains(port)) && e.UIDs.Contains(uid)
 }
 
+const acceptedExclusion = "proto:ports:uids, ports:uids or uids, such as tcp:22,80-90:1000-1005"
+
+// ParseUIDExclusions reads several exclusions that stand in one text, as an
+// environment variable or an annotation has them: with ";" between them, also
+// behind the last one. Without any ";", commas can stand between exclusions, as
+// Kuma's reader of the environment takes them, or within the only one, as its
+// flags do; where both can be read and mean different things, that is an error.
+func ParseUIDExclusions(list string) ([]UIDExclusion, error) {
+	if strings.TrimSpace(list) == "" {
+		return nil, nil
+	}
+	if strings.Contains(list, ";") {
+		return parseExclusions(strings.Split(strings.TrimSuffix(strings.TrimSpace(list), ";"), ";"))
+	}
+	one, errOne := parseExclusions([]string{list})
+	several, errSeveral := parseExclusions(strings.Split(list, ","))
+	switch {
+	case errSeveral != nil:
+		return one, errOne
+	case errOne != nil:
+		return several, nil
+	case !slices.EqualFunc(canonicalExclusions(one), canonicalExclusions(several), func(a, b UIDExclusion) bool { return a.String() == b.String() }):
+		return nil, fmt.Errorf("%q can be read as one exclusion and as several: put ; between exclusions, and behind the only one", list)
+	}
+	return one, nil
+}
+
+func parseExclusions(entries []string) (out []UIDExclusion, err error) {
+	var errs []string
+	for _, s := range entries {
+		e, err := ParseUIDExclusion(strings.TrimSpace(s))
+		if err != nil {
+			errs = append(errs, err.Error())
+		}
+		out = append(out, e)
+	}
+	if errs != nil {
+		return nil, fmt.Errorf("%s", strings.Join(errs, "\n"))
+	}
+	return out, nil
+}
+
 // ParseUIDExclusion reads "proto:ports:uids", "ports:uids" or "uids", as Kuma
 // writes them: proto is tcp, udp, both as a comma list, "*" or empty; ports is
 // a list of ports and ranges, "*" or empty for all; uids is a list of numbers
@@ -164,7 +227,7 @@ func ParseUIDExclusion(s string) (UIDExclusion, error) {
 	case 3:
 		proto, ports, uids = parts[0], parts[1], parts[2]
 	default:
-		return UIDExclusion{}, fmt.Errorf("%q: accepted is proto:ports:uids, ports:uids or uids, such as tcp:22,80-90:1000-1005", s)
+		return UIDExclusion{}, fmt.Errorf("%q: accepted is %s", s, acceptedExclusion)
 	}
 	var e UIDExclusion
 	var err error

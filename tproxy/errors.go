@@ -10,14 +10,25 @@ type ConfigError struct{ Faults []ConfigFault }
 
 // ConfigFault is one thing that is wrong with a Config.
 type ConfigFault struct {
+	// Source is where the value stands, such as config.yaml:12; empty where
+	// nobody said.
+	Source   string
 	Path     string // as Kuma's configuration spells it, such as redirect.inbound.port
 	Value    string
 	What     string // what is wrong with the value
 	Accepted string // what would do
+	// NotYet is whether nothing is wrong with the value but that its feature is
+	// not built yet.
+	NotYet bool
 }
 
+// String says all of it in a line.
 func (f ConfigFault) String() string {
-	return fmt.Sprintf("%s: %q %s: accepted is %s", f.Path, f.Value, f.What, f.Accepted)
+	where := f.Path
+	if f.Source != "" {
+		where = strings.TrimSuffix(f.Source+": "+f.Path, ": ")
+	}
+	return fmt.Sprintf("%s: %q %s: accepted is %s", where, f.Value, f.What, f.Accepted)
 }
 
 func (e *ConfigError) Error() string {

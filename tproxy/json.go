@@ -16,23 +16,25 @@ import (
 
 // MarshalJSON writes the Config with Kuma v3's keys, in a fixed order:
 //
-//   - a key of Kuma's with its effective value, but a port, a wait and a path of
-//     resolv.conf that are not set are left out: to Kuma and to us that is the
-//     default, and what is read back is what was written;
+//   - a key of Kuma's with its effective value, but a port, a wait, a retry and a
+//     path of resolv.conf that are not set are left out: to Kuma and to us that is
+//     the default, and what is read back is what was written;
 //   - a key of ours (redirect.inbound.captureSSH and backend) only where it is
 //     not at its default, so that Kuma loads the rest.
 //
 // Besides keys of ours, Kuma does not load ranges of ports and more than one of
 // ProxyUIDs. What the Config ignores is not written (ProxyUser beside
-// ProxyUIDs); a number in ProxyUser is read back as ProxyUIDs, and a negative
-// Wait, which is Kuma's 0, as -1 s.
+// ProxyUIDs); a number in ProxyUser is read back as ProxyUIDs, a negative Wait,
+// MaxRetries or SleepBetweenRetries, which is Kuma's 0, as -1 s, -1 and -1 ns, and
+// DNS.CaptureAll with DNS.Redirect beside it, which means the same: in Kuma's file
+// captureAll counts only where DNS is enabled.
 //
 // The error is a *ConfigError: an invalid Config has no text.
 func (c Config) MarshalJSON() ([]byte, error) {
 	faults := c.faults()
 	for _, k := range keys {
 		if s, ok := k.value(&c).(string); ok && !utf8.ValidString(s) {
-			faults = append(faults, ConfigFault{k.path, s, "is not UTF-8", "text that JSON can hold"})
+			faults = append(faults, ConfigFault{Path: k.path, Value: s, What: "is not UTF-8", Accepted: "text that JSON can hold"})
 		}
 	}
 	if faults != nil {
@@ -73,104 +75,183 @@ func (c Config) MarshalJSON() ([]byte, error) {
 // Config: a key that is not there, or null, leaves its field as it was, and a
 // list takes the place of the list before it. Types are those that Kuma takes.
 //
-// A key of Kuma's whose feature is not built yet is accepted at its default.
+// A key of Kuma's whose feature is not built yet is accepted at its default, and
+// so are dryRun and verbose: a Config has no place for them, and to pass over a
+// dryRun would be to write what somebody said not to write. A Decoder returns them.
+//
+// redirect.dns.captureAll without redirect.dns.enabled redirects nothing, as in
+// Kuma; a Decoder warns of it.
+//
 // The error is that of encoding/json for text that is no JSON, and otherwise a
 // *ConfigError with every fault of the text; the Config is then unchanged. What
 // holds between several keys, Config.Validate says: they can come from several
 // texts.
 func (c *Config) UnmarshalJSON(text []byte) error {
-	var all json.RawMessage
-	if err := json.Unmarshal(text, &all); err != nil {
-		return err
-	}
 	r := reader{config: *c}
-	r.object("", all)
-	if r.faults != nil {
-		return &ConfigError{r.faults}
+	return r.text(text, c)
+}
+
+// A Decoder reads configurations as Config.UnmarshalJSON does, and tells what a
+// Config has no place for. The zero Decoder is strict.
+type Decoder struct {
+	// AllowUnknown makes a warning of a key that is not known, where a
+	// configuration can be newer than its reader: in a pod's kuma-init, for one.
+	AllowUnknown bool
+}
+
+// Decoded is what a text says beside a Config.
+type Decoded struct {
+	Settings Settings
+	// Warnings are what has no effect: with AllowUnknown the keys that are not
+	// known, and redirect.dns.captureAll without redirect.dns.enabled.
+	Warnings []ConfigFault
+}
+
+// Settings are those keys of Kuma's configuration that are about a run, and not
+// about rules.
+type Settings struct {
+	DryRun  bool // only say what would be done
+	Verbose bool // log every step
+}
+
+// Decode reads text over c, as Config.UnmarshalJSON does and with its errors; an
+// error leaves c unchanged.
+func (d Decoder) Decode(text []byte, c *Config) (Decoded, error) {
+	var out Decoded
+	r := reader{config: *c, settings: &out.Settings, allowUnknown: d.AllowUnknown}
+	if err := r.text(text, c); err != nil {
+		return Decoded{}, err
 	}
-	*c = r.config
-	return nil
+	out.Warnings = r.warnings
+	return out, nil
+}
+
+// Key is a key of the configuration, Kuma's or ours.
+type Key struct {
+	Path    string // such as redirect.inbound.port
+	Kind    Kind
+	Default string // as JSON
+}
+
+// Kind is what the value of a key is.
+type Kind uint8
+
+// The kinds of values.
+const (
+	Boolean Kind = iota
+	Number       // a whole number
+	Text
+	List // a list of strings or numbers, or one string with commas in it
+)
+
+// Keys lists all keys, in the order in which they are written.
+func Keys() []Key {
+	out := make([]Key, len(keys))
+	for i, k := range keys {
+		out[i] = Key{k.path, k.kind, k.standard}
+	}
+	return out
 }
 
 // A key is one leaf of the configuration. The order of keys is that of the
 // output; the keys of one object stand together.
 type key struct {
-	path string
+	path     string
+	kind     Kind
+	standard string // the default, as JSON
 	// value is what to write, nil for nothing.
 	value func(*Config) any
-	read  func(*Config, json.RawMessage) []ConfigFault // without the path
+	read  func(*reader, json.RawMessage) []ConfigFault // without the path
 }
 
 var keys = []key{
-	field("kumaDPUser", func(c *Config) *Config { return c }, writeUser, readUser),
-	field("ipFamilyMode", func(c *Config) *IPFamilyMode { return &c.IPFamilyMode },
+	field("kumaDPUser", Text, `""`, func(c *Config) *Config { return c }, writeUser, readUser),
+	field("ipFamilyMode", Text, `"dualstack"`, func(c *Config) *IPFamilyMode { return &c.IPFamilyMode },
 		func(m IPFamilyMode) any { return m.String() }, readName(ParseIPFamilyMode, "dualstack or ipv4")),
 
-	field("redirect.inbound.enabled", func(c *Config) *bool { return &c.Inbound.Off }, writeNot, readNot),
-	port("redirect.inbound.port", func(c *Config) *uint16 { return &c.Inbound.Port }),
-	notYet("redirect.inbound.includePorts", "[]", `""`),
+	field("redirect.inbound.enabled", Boolean, "true", func(c *Config) *bool { return &c.Inbound.Off }, writeNot, readNot),
+	port("redirect.inbound.port", DefaultInboundPort, func(c *Config) *uint16 { return &c.Inbound.Port }),
+	notYet("redirect.inbound.includePorts", List, "[]", `""`),
 	ports("redirect.inbound.excludePorts", func(c *Config) *rules.Ports { return &c.Inbound.ExcludePorts }),
-	{"redirect.inbound.excludePortsForUIDs", nothing, refuse("has no meaning: who sent a packet from another host is not known here", "[]", `""`)},
+	{"redirect.inbound.excludePortsForUIDs", List, "[]", nothing,
+		refuse("has no meaning: who sent a packet from another host is not known here", "[]", `""`)},
 	prefixes("redirect.inbound.excludePortsForIPs", func(c *Config) *[]netip.Prefix { return &c.Inbound.ExcludeIPs }),
-	notYet("redirect.inbound.insertRedirectInsteadOfAppend", "false"),
-	field("redirect.inbound.captureSSH", func(c *Config) *bool { return &c.Inbound.CaptureSSH }, writeTrue, readBool),
+	notYet("redirect.inbound.insertRedirectInsteadOfAppend", Boolean, "false"),
+	boolean("redirect.inbound.captureSSH", func(c *Config) *bool { return &c.Inbound.CaptureSSH }, writeTrue),
 
-	field("redirect.outbound.enabled", func(c *Config) *bool { return &c.Outbound.Off }, writeNot, readNot),
-	port("redirect.outbound.port", func(c *Config) *uint16 { return &c.Outbound.Port }),
-	notYet("redirect.outbound.includePorts", "[]", `""`),
+	field("redirect.outbound.enabled", Boolean, "true", func(c *Config) *bool { return &c.Outbound.Off }, writeNot, readNot),
+	port("redirect.outbound.port", DefaultOutboundPort, func(c *Config) *uint16 { return &c.Outbound.Port }),
+	notYet("redirect.outbound.includePorts", List, "[]", `""`),
 	ports("redirect.outbound.excludePorts", func(c *Config) *rules.Ports { return &c.Outbound.ExcludePorts }),
-	field("redirect.outbound.excludePortsForUIDs", func(c *Config) *[]UIDExclusion { return &c.Outbound.ExcludePortsForUIDs },
+	field("redirect.outbound.excludePortsForUIDs", List, "[]", func(c *Config) *[]UIDExclusion { return &c.Outbound.ExcludePortsForUIDs },
 		writeList[UIDExclusion], readExclusions),
 	prefixes("redirect.outbound.excludePortsForIPs", func(c *Config) *[]netip.Prefix { return &c.Outbound.ExcludeIPs }),
-	notYet("redirect.outbound.insertRedirectInsteadOfAppend", "false"),
+	notYet("redirect.outbound.insertRedirectInsteadOfAppend", Boolean, "false"),
 
-	field("redirect.dns.enabled", func(c *Config) *bool { return &c.DNS.Redirect }, write, readBool),
-	field("redirect.dns.captureAll", func(c *Config) *bool { return &c.DNS.CaptureAll }, write, readBool),
-	port("redirect.dns.port", func(c *Config) *uint16 { return &c.DNS.Port }),
-	field("redirect.dns.skipConntrackZoneSplit", func(c *Config) *bool { return &c.DNS.SkipConntrackZoneSplit }, write, readBool),
-	field("redirect.dns.resolvConfigPath", func(c *Config) *string { return &c.DNS.ResolvConf }, writeSet, readString("a path")),
-	notYet("redirect.vnet.networks", "[]", `""`),
+	field("redirect.dns.enabled", Boolean, "false", func(c *Config) *DNS { return &c.DNS }, func(d DNS) any { return d.On() },
+		func(d *DNS, raw json.RawMessage) []ConfigFault { return readBool(&d.Redirect, raw) }),
+	boolean("redirect.dns.captureAll", func(c *Config) *bool { return &c.DNS.CaptureAll }, write[bool]),
+	port("redirect.dns.port", DefaultDNSPort, func(c *Config) *uint16 { return &c.DNS.Port }),
+	boolean("redirect.dns.skipConntrackZoneSplit", func(c *Config) *bool { return &c.DNS.SkipConntrackZoneSplit }, write[bool]),
+	field("redirect.dns.resolvConfigPath", Text, strconv.Quote(DefaultResolvConf), func(c *Config) *string { return &c.DNS.ResolvConf },
+		writeSet, readString("a path")),
+	notYet("redirect.vnet.networks", List, "[]", `""`),
 
-	notYet("dropInvalidPackets", "false"),
-	notYet("log.enabled", "false"),
-	notYet("log.level", "7"),
-	field("wait", func(c *Config) *time.Duration { return &c.Wait }, writeWait, readWait),
-	field("waitInterval", func(c *Config) *time.Duration { return &c.WaitInterval },
+	// Kuma had them from 2.9 to 2.12, and wrote them all, whether enabled or not.
+	{"ebpf.enabled", Boolean, "false", nothing, refuse("is not supported: there are iptables rules alone, as in Kuma by now", "false")},
+	unused("ebpf.instanceIP"),
+	unused("ebpf.instanceIPEnvVarName"),
+	unused("ebpf.bpffsPath"),
+	unused("ebpf.cgroupPath"),
+	unused("ebpf.programsSourcePath"),
+	unused("ebpf.tcAttachIface"),
+
+	notYet("dropInvalidPackets", Boolean, "false"),
+	notYet("log.enabled", Boolean, "false"),
+	notYet("log.level", Number, "7"),
+	field("wait", Number, "5", func(c *Config) *time.Duration { return &c.Wait }, writeWait, readWait),
+	field("waitInterval", Number, "0", func(c *Config) *time.Duration { return &c.WaitInterval },
 		func(d time.Duration) any { return d.Microseconds() }, readInterval),
-	notYet("retry.maxRetries", "4"),
-	notYet("retry.sleepBetweenRetries", `"2s"`),
-	notYet("storeFirewalld", "false"),
+	field("retry.maxRetries", Number, strconv.Itoa(DefaultMaxRetries), func(c *Config) *int { return &c.MaxRetries }, writeRetries, readRetries),
+	field("retry.sleepBetweenRetries", Text, strconv.Quote(DefaultSleepBetweenRetries.String()),
+		func(c *Config) *time.Duration { return &c.SleepBetweenRetries }, writeSleep, readSleep),
+	notYet("storeFirewalld", Boolean, "false"),
 	// Kuma's Helm chart writes all of them, empty.
-	notYet("iptablesExecutables.iptables", `""`),
-	notYet("iptablesExecutables.iptables-save", `""`),
-	notYet("iptablesExecutables.iptables-restore", `""`),
-	notYet("iptablesExecutables.ip6tables", `""`),
-	notYet("iptablesExecutables.ip6tables-save", `""`),
-	notYet("iptablesExecutables.ip6tables-restore", `""`),
-	field("comments.disabled", func(c *Config) *bool { return &c.DisableComments }, write, readBool),
-	notYet("verbose", "false"),
-	notYet("dryRun", "false"),
-	field("cniMode", func(c *Config) *bool { return &c.Pod }, write, readBool),
-	field("backend", func(c *Config) *Backend { return &c.Backend }, writeBackend,
+	notYet("iptablesExecutables.iptables", Text, `""`),
+	notYet("iptablesExecutables.iptables-save", Text, `""`),
+	notYet("iptablesExecutables.iptables-restore", Text, `""`),
+	notYet("iptablesExecutables.ip6tables", Text, `""`),
+	notYet("iptablesExecutables.ip6tables-save", Text, `""`),
+	notYet("iptablesExecutables.ip6tables-restore", Text, `""`),
+	boolean("comments.disabled", func(c *Config) *bool { return &c.DisableComments }, write[bool]),
+	setting("verbose", func(s *Settings) *bool { return &s.Verbose }),
+	setting("dryRun", func(s *Settings) *bool { return &s.DryRun }),
+	boolean("cniMode", func(c *Config) *bool { return &c.Pod }, write[bool]),
+	field("backend", Text, `"auto"`, func(c *Config) *Backend { return &c.Backend }, writeBackend,
 		readName(ParseBackend, "auto, iptables-nft or iptables-legacy")),
 }
 
 // field makes a key of a field of the Config.
-func field[T any](path string, of func(*Config) *T, write func(T) any, read func(*T, json.RawMessage) []ConfigFault) key {
-	return key{path,
+func field[T any](path string, kind Kind, standard string, of func(*Config) *T, write func(T) any, read func(*T, json.RawMessage) []ConfigFault) key {
+	return key{path, kind, standard,
 		func(c *Config) any { return write(*of(c)) },
-		func(c *Config, raw json.RawMessage) []ConfigFault { return read(of(c), raw) }}
+		func(r *reader, raw json.RawMessage) []ConfigFault { return read(of(&r.config), raw) }}
 }
 
-func port(path string, of func(*Config) *uint16) key {
-	return field(path, of, writeSet, func(p *uint16, raw json.RawMessage) []ConfigFault {
+// boolean makes a key of a field that is false unless it is set.
+func boolean(path string, of func(*Config) *bool, write func(bool) any) key {
+	return field(path, Boolean, "false", of, write, readBool)
+}
+
+func port(path string, standard uint16, of func(*Config) *uint16) key {
+	return field(path, Number, strconv.Itoa(int(standard)), of, writeSet, func(p *uint16, raw json.RawMessage) []ConfigFault {
 		return readNumber(raw, 1, rules.MaxPort, "a port from 1 to 65535", func(n int64) { *p = uint16(n) })
 	})
 }
 
 func ports(path string, of func(*Config) *rules.Ports) key {
 	const accepted = "a port from 1 to 65535, a range such as 80-90, or a list of them"
-	return field(path, of, write, func(p *rules.Ports, raw json.RawMessage) []ConfigFault {
+	return field(path, List, "[]", of, write, func(p *rules.Ports, raw json.RawMessage) []ConfigFault {
 		var entries []string
 		faults := eachEntry(raw, ",", true, accepted, func(e string) error {
 			_, err := rules.ParsePorts(e)
@@ -183,7 +264,7 @@ func ports(path string, of func(*Config) *rules.Ports) key {
 }
 
 func prefixes(path string, of func(*Config) *[]netip.Prefix) key {
-	return field(path, of, writeList[netip.Prefix], func(list *[]netip.Prefix, raw json.RawMessage) []ConfigFault {
+	return field(path, List, "[]", of, writeList[netip.Prefix], func(list *[]netip.Prefix, raw json.RawMessage) []ConfigFault {
 		*list = nil
 		return eachEntry(raw, ",", false, acceptedPrefix, func(e string) error {
 			p, err := parsePrefix(e)
@@ -193,17 +274,47 @@ func prefixes(path string, of func(*Config) *[]netip.Prefix) key {
 	})
 }
 
+// setting makes a key that is about a run.
+func setting(path string, of func(*Settings) *bool) key {
+	return key{path, Boolean, "false", nothing, func(r *reader, raw json.RawMessage) []ConfigFault {
+		var v bool
+		if faults := readBool(&v, raw); faults != nil {
+			return faults
+		}
+		if r.settings != nil {
+			*of(r.settings) = v
+		} else if v {
+			return bad(raw, "is about a run, for which a Config has no place", "the default, false, or a Decoder, which returns it")
+		}
+		return nil
+	}}
+}
+
 // notYet makes a key of Kuma's whose feature is not built yet: it has to be at
-// its default.
-func notYet(path string, defaults ...string) key {
-	return key{path, nothing, refuse("is known, not supported yet", defaults...)}
+// its default, of which there can be several spellings.
+func notYet(path string, kind Kind, defaults ...string) key {
+	read := refuse("is known, not supported yet", defaults...)
+	return key{path, kind, defaults[0], nothing, func(r *reader, raw json.RawMessage) []ConfigFault {
+		faults := read(r, raw)
+		for i := range faults {
+			faults[i].NotYet = true
+		}
+		return faults
+	}}
+}
+
+// unused makes a key of text that nothing asks for any more.
+func unused(path string) key {
+	return key{path, Text, `""`, nothing, func(_ *reader, raw json.RawMessage) []ConfigFault {
+		return readString("a text")(new(string), raw)
+	}}
 }
 
 func nothing(*Config) any { return nil }
 
 // refuse reads nothing but a default.
-func refuse(why string, defaults ...string) func(*Config, json.RawMessage) []ConfigFault {
-	return func(_ *Config, raw json.RawMessage) []ConfigFault {
+func refuse(why string, defaults ...string) func(*reader, json.RawMessage) []ConfigFault {
+	return func(_ *reader, raw json.RawMessage) []ConfigFault {
 		var b bytes.Buffer
 		_ = json.Compact(&b, raw) // it is JSON: it was read before
 		if slices.Contains(defaults, b.String()) {
@@ -276,6 +387,20 @@ func writeWait(d time.Duration) any {
 	return int64(max(d, 0) / time.Second)
 }
 
+func writeRetries(n int) any {
+	if n == 0 {
+		return nil
+	}
+	return max(n, 0)
+}
+
+func writeSleep(d time.Duration) any {
+	if d == 0 {
+		return nil
+	}
+	return max(d, 0).String()
+}
+
 func writeBackend(b Backend) any {
 	if b == Auto {
 		return nil
@@ -325,7 +450,9 @@ func readName[T any](parse func(string) (T, error), accepted string) func(*T, js
 func readUser(c *Config, raw json.RawMessage) []ConfigFault {
 	const accepted = "a user's name, a UID from 0 to 4294967294, or a comma list of UIDs"
 	var text string
-	if faults := readString(accepted)(&text, raw); faults != nil {
+	if isNumber(raw) {
+		text = string(raw) // as Kuma takes it, whose YAML makes text of it
+	} else if faults := readString(accepted)(&text, raw); faults != nil {
 		return faults
 	}
 	c.ProxyUIDs, c.ProxyUser = nil, text
@@ -343,7 +470,7 @@ func readUser(c *Config, raw json.RawMessage) []ConfigFault {
 	if len(uids) == strings.Count(text, ",")+1 {
 		c.ProxyUIDs, c.ProxyUser = uids, ""
 	}
-	if (Config{ProxyUIDs: c.ProxyUIDs, ProxyUser: c.ProxyUser}).faults() != nil {
+	if isNumber(raw) && c.ProxyUser != "" || (Config{ProxyUIDs: c.ProxyUIDs, ProxyUser: c.ProxyUser}).faults() != nil {
 		return bad(raw, "is no user", accepted)
 	}
 	return nil
@@ -374,14 +501,44 @@ func readInterval(d *time.Duration, raw json.RawMessage) []ConfigFault {
 	})
 }
 
+// readRetries reads Kuma's 0 as none: the zero value of a Config is the default.
+func readRetries(n *int, raw json.RawMessage) []ConfigFault {
+	return readNumber(raw, 0, maxRetries, acceptedRetries, func(v int64) {
+		if *n = int(v); v == 0 {
+			*n = -1
+		}
+	})
+}
+
+// readSleep takes no bare number: to Kuma 2 is two nanoseconds, and to its reader
+// two seconds.
+func readSleep(d *time.Duration, raw json.RawMessage) []ConfigFault {
+	var text string
+	if json.Unmarshal(raw, &text) != nil {
+		return bad(raw, "is no duration", acceptedSleep)
+	}
+	v, err := time.ParseDuration(text)
+	if err != nil || v < 0 || v > maxSleep {
+		return bad(raw, "is not accepted", acceptedSleep)
+	}
+	if *d = v; v == 0 {
+		*d = -1
+	}
+	return nil
+}
+
 func readExclusions(list *[]UIDExclusion, raw json.RawMessage) []ConfigFault {
 	*list = nil
-	return eachEntry(raw, ";", false, "proto:ports:uids, ports:uids or uids, such as tcp:22,80-90:1000-1005", func(e string) error {
+	// A number is a UID: Kuma's YAML makes text of it.
+	return eachEntry(raw, ";", true, acceptedExclusion, func(e string) error {
 		x, err := ParseUIDExclusion(e)
 		*list = append(*list, x)
 		return err
 	})
 }
+
+// isNumber tells a number of JSON by how it begins.
+func isNumber(raw json.RawMessage) bool { return raw[0] == '-' || '0' <= raw[0] && raw[0] <= '9' }
 
 // eachEntry parses each entry of a list of strings, or of one string; entries
 // can be separated within a string. With numbers, either can be a number too.
@@ -394,8 +551,8 @@ func eachEntry(raw json.RawMessage, separator string, numbers bool, accepted str
 	}
 	for _, item := range list {
 		var text string
-		switch isNumber := item[0] == '-' || '0' <= item[0] && item[0] <= '9'; {
-		case isNumber && numbers:
+		switch {
+		case isNumber(item) && numbers:
 			text = string(item)
 		case item[0] != '"':
 			faults = append(faults, bad(item, "is not accepted", accepted)...)
@@ -430,8 +587,36 @@ const mostFaults = 1000
 
 // reader collects the faults of one text.
 type reader struct {
-	config Config
-	faults []ConfigFault
+	config       Config
+	settings     *Settings // nil where there is no place for them
+	allowUnknown bool
+	faults       []ConfigFault
+	warnings     []ConfigFault
+}
+
+// text reads a whole text over r.config, and gives it to c if nothing is wrong.
+func (r *reader) text(text []byte, c *Config) error {
+	var all json.RawMessage
+	if err := json.Unmarshal(text, &all); err != nil {
+		return err
+	}
+	// In Kuma's file DNS is on where it is enabled, and captureAll says how.
+	before := r.config.DNS
+	r.config.DNS.Redirect = before.On()
+	r.object("", all)
+	if r.faults != nil {
+		return &ConfigError{r.faults}
+	}
+	d := &r.config.DNS
+	if d.Redirect == before.On() && d.CaptureAll == before.CaptureAll {
+		d.Redirect = before.Redirect
+	} else if d.CaptureAll && !d.Redirect {
+		d.CaptureAll = false
+		r.warnings = append(r.warnings, ConfigFault{Path: "redirect.dns.captureAll", Value: "true",
+			What: "has no effect, as in Kuma: DNS is not redirected", Accepted: "redirect.dns.enabled, true, beside it"})
+	}
+	*c = r.config
+	return nil
 }
 
 // object reads the members of the object at a path; the path of the whole text
@@ -443,7 +628,9 @@ func (r *reader) object(path string, raw json.RawMessage) {
 	case path == "iptablesExecutables" && raw[0] == '"':
 		// Kuma takes name:path,... here too.
 		if string(raw) != `""` {
-			r.add(path, bad(raw, "is known, not supported yet", `the default, ""`))
+			f := bad(raw, "is known, not supported yet", `the default, ""`)
+			f[0].NotYet = true
+			r.add(path, f)
 		}
 		return
 	case raw[0] != '{':
@@ -465,7 +652,7 @@ func (r *reader) object(path string, raw json.RawMessage) {
 			at = path + "." + name
 		}
 		switch {
-		case len(r.faults) > mostFaults:
+		case len(r.faults)+len(r.warnings) > mostFaults:
 			return // a file of another kind, and nobody reads on
 		case seen[name]:
 			r.add(at, bad(value, "is given twice", "a key once"))
@@ -480,11 +667,19 @@ func (r *reader) member(path, name string, raw json.RawMessage) {
 	i := slices.IndexFunc(keys, func(k key) bool { return k.path == path })
 	switch {
 	case name == "" || strings.Contains(name, ".") || i < 0 && members(path) == nil:
-		r.add(short(path), []ConfigFault{{Value: short(name), What: "is no key of the configuration", Accepted: nearest(path) + ", the nearest one"}})
+		r.unknown(ConfigFault{Path: or(short(path), "."), Value: short(name), What: "is no key of the configuration", Accepted: nearest(path) + ", the nearest one"})
 	case i < 0:
 		r.object(path, raw)
 	case string(raw) != "null":
-		r.add(path, keys[i].read(&r.config, raw))
+		r.add(path, keys[i].read(r, raw))
+	}
+}
+
+func (r *reader) unknown(f ConfigFault) {
+	if r.allowUnknown {
+		r.warnings = append(r.warnings, f)
+	} else {
+		r.faults = append(r.faults, f)
 	}
 }
 

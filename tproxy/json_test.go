@@ -93,7 +93,12 @@ func jsonConfigs() *rapid.Generator[tproxy.Config] {
 			Backend:         rapid.SampledFrom([]tproxy.Backend{tproxy.Auto, tproxy.IPTablesNFT, tproxy.IPTablesLegacy}).Draw(t, "backend"),
 			Wait:            time.Duration(rapid.Int64Range(-1, 1<<31-1).Draw(t, "wait")) * time.Second,
 			WaitInterval:    time.Duration(rapid.IntRange(0, 999999).Draw(t, "interval")) * time.Microsecond,
+			MaxRetries:      rapid.IntRange(-1, 1000).Draw(t, "retries"),
+
+			SleepBetweenRetries: time.Duration(rapid.Int64Range(-1, int64(time.Hour)).Draw(t, "sleep")),
 		}
+		// What means the same is read back as this.
+		c.DNS.Redirect = c.DNS.On()
 		if c.ProxyUIDs == nil && rapid.Bool().Draw(t, "named") {
 			c.ProxyUser = rapid.StringMatching(`[a-z_][a-z0-9_-]{0,10}\$?`).Draw(t, "user")
 		}
@@ -149,14 +154,21 @@ func TestMarshalJSON(t *testing.T) {
 			Backend:         tproxy.IPTablesLegacy,
 			Wait:            7 * time.Second,
 			WaitInterval:    8 * time.Microsecond,
+			MaxRetries:      9,
+
+			SleepBetweenRetries: 10 * time.Millisecond,
 		}, `{"kumaDPUser":"5678","ipFamilyMode":"ipv4",` +
 			`"redirect":{"inbound":{"enabled":false,"port":1,"excludePorts":[22,"80-90"],"excludePortsForIPs":["10.0.0.0/8"],"captureSSH":true},` +
 			`"outbound":{"enabled":false,"port":2,"excludePorts":[443],"excludePortsForUIDs":["tcp:22,80-90:1000-1005"],"excludePortsForIPs":["fd00::1/128"]},` +
 			`"dns":{"enabled":true,"captureAll":true,"port":3,"skipConntrackZoneSplit":true,"resolvConfigPath":"/x"}},` +
-			`"wait":7,"waitInterval":8,"comments":{"disabled":true},"cniMode":true,"backend":"iptables-legacy"}`},
+			`"wait":7,"waitInterval":8,"retry":{"maxRetries":9,"sleepBetweenRetries":"10ms"},"comments":{"disabled":true},"cniMode":true,"backend":"iptables-legacy"}`},
 		{"several UIDs keep their order", tproxy.Config{ProxyUIDs: []tproxy.UID{2, 1}},
 			strings.Replace(zeroConfigJSON, `"kumaDPUser":""`, `"kumaDPUser":"2,1"`, 1)},
 		{"no wait", tproxy.Config{Wait: -3}, strings.Replace(zeroConfigJSON, `"waitInterval"`, `"wait":0,"waitInterval"`, 1)},
+		{"no retries", tproxy.Config{MaxRetries: -3, SleepBetweenRetries: -3},
+			strings.Replace(zeroConfigJSON, `"comments"`, `"retry":{"maxRetries":0,"sleepBetweenRetries":"0s"},"comments"`, 1)},
+		{"all DNS", tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}},
+			strings.Replace(zeroConfigJSON, `"enabled":false,"captureAll":false`, `"enabled":true,"captureAll":true`, 1)},
 		{"what is ignored is not written", tproxy.Config{ProxyUIDs: []tproxy.UID{1}, ProxyUser: "x"},
 			strings.Replace(zeroConfigJSON, `"kumaDPUser":""`, `"kumaDPUser":"1"`, 1)},
 	} {
@@ -176,6 +188,8 @@ func TestMarshalJSONOfInvalid(t *testing.T) {
 	for _, c := range []tproxy.Config{
 		{IPFamilyMode: 7},
 		{Wait: time.Millisecond},
+		{MaxRetries: 1001},
+		{SleepBetweenRetries: time.Hour + 1},
 		{DNS: tproxy.DNS{ResolvConf: "/\xff"}},
 		{ProxyUser: "\xff"},
 	} {
@@ -235,9 +249,12 @@ func TestUnmarshalJSON(t *testing.T) {
 			Outbound:  tproxy.Outbound{Port: 15001},
 			DNS:       tproxy.DNS{Redirect: true, CaptureAll: true, Port: 15053, ResolvConf: "/etc/resolv.conf"},
 			Wait:      5 * time.Second,
+
+			MaxRetries: 4, SleepBetweenRetries: 2 * time.Second,
 		}},
 		{`{"iptablesExecutables":"","verbose":false,"dryRun":false}`, tproxy.Config{}},
 		{`{"kumaDPUser":"5678"}`, tproxy.Config{ProxyUIDs: []tproxy.UID{5678}}},
+		{`{"kumaDPUser":5678}`, tproxy.Config{ProxyUIDs: []tproxy.UID{5678}}}, // as Kuma, whose YAML makes text of it
 		{`{"kumaDPUser":"2, 1"}`, tproxy.Config{ProxyUIDs: []tproxy.UID{2, 1}}},
 		{`{"kumaDPUser":"kuma-dp"}`, tproxy.Config{ProxyUser: "kuma-dp"}},
 		{`{"kumaDPUser":""}`, tproxy.Config{}},
@@ -251,7 +268,16 @@ func TestUnmarshalJSON(t *testing.T) {
 		{`{"redirect":{"outbound":{"enabled":false,"excludePortsForUIDs":["tcp:22,80-90:1000-1005","1001"]}}}`,
 			outbound(tproxy.Outbound{Off: true, ExcludePortsForUIDs: exclusions})},
 		{`{"redirect":{"outbound":{"excludePortsForUIDs":"tcp:22,80-90:1000-1005; *:*:1001"}}}`, outbound(tproxy.Outbound{ExcludePortsForUIDs: exclusions})},
+		{`{"redirect":{"outbound":{"excludePortsForUIDs":[1001,"tcp:22,80-90:1000-1005"]}}}`,
+			outbound(tproxy.Outbound{ExcludePortsForUIDs: []tproxy.UIDExclusion{exclusions[1], exclusions[0]}})},
 		{`{"wait":0}`, tproxy.Config{Wait: -time.Second}},
+		{`{"retry":{"maxRetries":0,"sleepBetweenRetries":"0s"}}`, tproxy.Config{MaxRetries: -1, SleepBetweenRetries: -1}},
+		{`{"retry":{"maxRetries":1000,"sleepBetweenRetries":"1h"}}`, tproxy.Config{MaxRetries: 1000, SleepBetweenRetries: time.Hour}},
+		// What Kuma 2.9 to 2.12 wrote, whether enabled or not.
+		{`{"ebpf":{"enabled":false,"instanceIP":"","instanceIPEnvVarName":"INSTANCE_IP","bpffsPath":"/sys/fs/bpf","cgroupPath":"/sys/fs/cgroup",
+			"programsSourcePath":"/tmp/kuma-ebpf","tcAttachIface":""}}`, tproxy.Config{}},
+		{`{"ebpf":{"bpffsPath":"/x"}}`, tproxy.Config{}},
+		{`{"ebpf":null}`, tproxy.Config{}},
 		{`{"backend":"iptables-nft","cniMode":true}`, tproxy.Config{Backend: tproxy.IPTablesNFT, Pod: true}},
 	} {
 		var got tproxy.Config
@@ -302,7 +328,18 @@ func TestUnmarshalJSONFaults(t *testing.T) {
 		{`{"cniMode":"true"}`, []string{`cniMode: "true" is no boolean: accepted is true or false`}},
 		{`{"ipFamilyMode":"ipv6"}`, []string{`ipFamilyMode: "ipv6" is not accepted: accepted is dualstack or ipv4`}},
 		{`{"backend":7}`, []string{`backend: "7" is no text`}},
-		{`{"kumaDPUser":5678}`, []string{`kumaDPUser: "5678" is no text: accepted is a user's name`}},
+		{`{"kumaDPUser":1.5}`, []string{`kumaDPUser: "1.5" is no user`}},
+		{`{"kumaDPUser":true}`, []string{`kumaDPUser: "true" is no text: accepted is a user's name`}},
+		{`{"retry":{"maxRetries":-1,"sleepBetweenRetries":2}}`, []string{
+			`retry.maxRetries: "-1" is not accepted: accepted is a number from 0 to 1000`,
+			`retry.sleepBetweenRetries: "2" is no duration: accepted is a duration from 0s to 1h with its unit, such as 2s or 500ms`}},
+		{`{"retry":{"maxRetries":1001,"sleepBetweenRetries":"2"}}`, []string{`"1001" is not accepted`, `sleepBetweenRetries: "2" is not accepted`}},
+		{`{"retry":{"maxRetries":1.5,"sleepBetweenRetries":"-1s"}}`, []string{`"1.5" is not accepted`, `"-1s" is not accepted`}},
+		{`{"retry":{"maxRetries":"4","sleepBetweenRetries":"61m"}}`, []string{`"4" is not accepted`, `"61m" is not accepted`}},
+		{`{"ebpf":{"enabled":true,"bpffsPath":7,"chain":"x"}}`, []string{
+			`ebpf.enabled: "true" is not supported: there are iptables rules alone, as in Kuma by now: accepted is the default, false`,
+			`ebpf.bpffsPath: "7" is no text`,
+			`ebpf.chain: "chain" is no key of the configuration`}},
 		{`{"kumaDPUser":"1,x"}`, []string{`kumaDPUser: "1,x" is no user`}},
 		{`{"kumaDPUser":"4294967295"}`, []string{`kumaDPUser: "4294967295" is no user`}},
 		{`{"redirect":{"inbound":{"excludePorts":[1,"x",0,"90-80",{},""]}}}`, []string{
@@ -317,21 +354,20 @@ func TestUnmarshalJSONFaults(t *testing.T) {
 			`excludePortsForIPs: "5" is not accepted`,
 			`excludePortsForIPs: "x" cannot be read: accepted is an IPv4`,
 		}},
-		{`{"redirect":{"outbound":{"excludePortsForUIDs":["tcp:0:1;1001","icmp:1:1",7]}}}`, []string{
+		{`{"redirect":{"outbound":{"excludePortsForUIDs":["tcp:0:1;1001","icmp:1:1",-7,true]}}}`, []string{
 			`excludePortsForUIDs: "tcp:0:1" cannot be read ("0" is out of range: `,
 			`excludePortsForUIDs: "icmp:1:1" cannot be read (protocol "icmp": accepted is tcp, udp or *)`,
-			`excludePortsForUIDs: "7" is not accepted: accepted is proto:ports:uids`,
+			`excludePortsForUIDs: "-7" cannot be read`,
+			`excludePortsForUIDs: "true" is not accepted: accepted is proto:ports:uids`,
 		}},
 		{`{"dropInvalidPackets":true,"log":{"level":4},"verbose":true,"dryRun":true,"storeFirewalld":true,
-			"retry":{"maxRetries":5,"sleepBetweenRetries":"3s"},
 			"iptablesExecutables":{"iptables":"/x"},
 			"redirect":{"vnet":{"networks":["a:10.0.0.0/8"]},
 				"inbound":{"includePorts":[ 1 ],"insertRedirectInsteadOfAppend":true,"excludePortsForUIDs":["1"]},
 				"outbound":{"includePorts":"1","insertRedirectInsteadOfAppend":true}}}`, []string{
 			`dropInvalidPackets: "true" is known, not supported yet: accepted is the default, false`,
 			`log.level: "4" is known, not supported yet: accepted is the default, 7`,
-			`verbose: "true" is known`, `dryRun: "true" is known`, `storeFirewalld: "true" is known`,
-			`retry.maxRetries: "5" is known`, `retry.sleepBetweenRetries: "3s" is known`,
+			`verbose: "true" is about a run, for which a Config has no place`, `dryRun: "true" is about a run`, `storeFirewalld: "true" is known`,
 			`iptablesExecutables.iptables: "/x" is known`,
 			`redirect.vnet.networks: "[\"a:10.0.0.0/8\"]" is known`,
 			`redirect.inbound.includePorts: "[ 1 ]" is known`,

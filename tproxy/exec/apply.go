@@ -27,7 +27,7 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.wait, s.waitInterval = p.Config.Wait, p.Config.WaitInterval
+	s.patient(p.Config)
 	if err := s.m.privileged(); err != nil {
 		return nil, err
 	}
@@ -54,7 +54,7 @@ func (r *Runner) Remove(ctx context.Context, o RemoveOptions) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.wait, s.waitInterval = o.Wait, o.WaitInterval
+	s.patient(tproxy.Config{Wait: o.Wait, WaitInterval: o.WaitInterval, MaxRetries: o.MaxRetries, SleepBetweenRetries: o.SleepBetweenRetries})
 	if s.wait == 0 {
 		s.wait = tproxy.DefaultWait
 	}
@@ -299,6 +299,7 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 		t.report.Families = append(t.report.Families, fr)
 		return nil
 	}
+	passed, changes := 0, 0 // why it was tried again
 	for try := 1; ; try++ {
 		if len(rules.Compare(j.family, now.Ours, want)) == 0 {
 			if try > 1 {
@@ -325,13 +326,19 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 			return done()
 		}
 		again, readErr := t.save(ctx, j.variant, j.family)
-		if readErr == nil && try < maxTries && retryable(err) && changed(j.family, tableOf(err), now, again) && ctx.Err() == nil {
+		switch {
+		case readErr == nil && changes+1 < maxTries && retryable(err) && changed(j.family, tableOf(err), now, again) && ctx.Err() == nil:
 			t.log.Warn("the rules changed under us; trying again", "family", j.family, "try", try, "error", err)
+			changes++
 			t.retries++
-			now = again
-			continue
+		case t.pass(ctx, j.step, err, &passed):
+			if again, readErr = t.save(ctx, j.variant, j.family); readErr != nil {
+				return err
+			}
+		default:
+			return err
 		}
-		return err
+		now = again
 	}
 }
 
@@ -372,7 +379,12 @@ func (t *transaction) putBack(ctx context.Context, j *job) (bool, error) {
 	if script == nil {
 		return false, nil
 	}
-	return true, t.restore(ctx, j.variant, j.family, putBackText(j), script)
+	for passed := 0; ; {
+		err := t.restore(ctx, j.variant, j.family, putBackText(j), script)
+		if err == nil || !t.pass(ctx, putBackText(j), err, &passed) {
+			return true, err
+		}
+	}
 }
 
 // blocked names the foreign rule that jumps to a chain of ours. The chain could

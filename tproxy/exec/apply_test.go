@@ -510,7 +510,7 @@ func TestXtablesLockNamesItsHolder(t *testing.T) {
 	m.onRun = func(c command) (result, bool) {
 		return result{Exit: 4, Stderr: []byte("Another app is currently holding the xtables lock. Stopped waiting after 5s.")}, strings.HasSuffix(c.Path, "-restore")
 	}
-	err := m.attempt(context.Background(), m.plan(t, tproxy.Config{Backend: tproxy.IPTablesLegacy}))
+	err := m.attempt(context.Background(), m.plan(t, tproxy.Config{Backend: tproxy.IPTablesLegacy, MaxRetries: -1}))
 	e := applyError(t, err)
 	if !errors.Is(err, ErrLocked) || e.Remedy != "process 42 (kube-proxy) holds the xtables lock; wait for it, or wait longer with --wait" {
 		t.Error(err)
@@ -614,7 +614,7 @@ func TestRetriesAreBounded(t *testing.T) {
 		m.edit(t, "iptables-nft", fmt.Sprintf("*nat\n-A OUTPUT -p tcp -m tcp --dport %d -j ACCEPT\nCOMMIT\n", tries))
 		return result{Exit: 4, Stderr: []byte("line 1: TABLE_ADD failed (Device or resource busy)")}, true
 	}
-	err := m.attempt(context.Background(), m.plan(t, tproxy.Config{}))
+	err := m.attempt(context.Background(), m.plan(t, tproxy.Config{MaxRetries: -1}))
 	if e := applyError(t, err); tries != maxTries || len(e.Left) > 0 || !strings.Contains(e.Stderr, "busy") {
 		t.Errorf("%d tries: %v", tries, err)
 	}

@@ -52,7 +52,8 @@ type Report struct {
 	Families []FamilyReport
 	// Steps are those that did something, in order, as text.
 	Steps []string
-	// Retries is how often a step was tried again.
+	// Retries is how often a step was tried again: others held the xtables lock or
+	// changed their rules, or the kernel was busy.
 	Retries int
 	// Processes is how many processes were started.
 	Processes int
@@ -77,8 +78,11 @@ type FamilyReport struct {
 type RemoveOptions struct {
 	// DryRun only says what would be done: nothing is written.
 	DryRun bool
-	// Wait and WaitInterval are those of tproxy.Config.
-	Wait, WaitInterval time.Duration
+	// Wait, WaitInterval, MaxRetries and SleepBetweenRetries are those of
+	// tproxy.Config.
+	Wait, WaitInterval  time.Duration
+	MaxRetries          int
+	SleepBetweenRetries time.Duration
 }
 
 // ApplyError says which step failed and how the host was left. It wraps the

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -226,6 +227,36 @@ func (s *session) version(path string, f rules.Family, b tproxy.Backend) string 
 		text += ", whose restore has no --wait"
 	}
 	return text
+}
+
+// passes reports whether a failure can be gone in a moment though no rule
+// changed: somebody holds the lock, or the kernel is busy.
+func passes(err error) bool {
+	e, ok := errors.AsType[*ApplyError](err)
+	if !ok || errors.Is(err, ErrLocked) {
+		return ok
+	}
+	return slices.ContainsFunc([]string{"Resource temporarily unavailable", "Device or resource busy", "Resource busy"},
+		func(words string) bool { return strings.Contains(e.Stderr, words) })
+}
+
+// pass sleeps where a failure passes and may be tried again, and reports whether
+// it did; n counts. The sleep ends with ctx, which is no reason to try again.
+func (s *session) pass(ctx context.Context, step string, err error, n *int) bool {
+	if *n >= s.maxRetries || !passes(err) {
+		return false
+	}
+	s.log.Warn("failed; trying again", "step", step, "retry", *n+1, "of", s.maxRetries, "in", s.sleep, "error", err)
+	select {
+	case <-ctx.Done():
+	case <-time.After(s.sleep):
+	}
+	if ctx.Err() != nil {
+		return false
+	}
+	*n++
+	s.retries++
+	return true
 }
 
 // retryable reports whether trying again can help once the rules are found to

@@ -114,7 +114,7 @@ func TestRestoreFailures(t *testing.T) {
 				t.Fatal(err)
 			}
 			before := h.rules(b)
-			p := h.plan(tproxy.Config{IPFamilyMode: tproxy.IPv4Only, DNS: tproxy.DNS{CaptureAll: true}})
+			p := h.plan(tproxy.Config{IPFamilyMode: tproxy.IPv4Only, DNS: tproxy.DNS{CaptureAll: true}, MaxRetries: -1})
 			script := p.Rules.IPTables(rules.IPv4)
 			line := 0
 			if c.rule != "" {

@@ -19,6 +19,16 @@ type session struct {
 	lock               *os.File // what children inherit, while it is held
 	wait, waitInterval time.Duration
 	processes, retries int
+
+	// How often a failure that passes is tried again, and after how long.
+	maxRetries int
+	sleep      time.Duration
+}
+
+// patient takes over how long to wait and how often to try again.
+func (s *session) patient(c tproxy.Config) {
+	s.wait, s.waitInterval = c.Wait, c.WaitInterval
+	s.maxRetries, s.sleep = c.Retries()
 }
 
 func (r *Runner) session() (*session, error) {
