@@ -185,6 +185,7 @@ func Build(c Config, h Host) (*Plan, error) {
 		return nil, &RefusedError{refused}
 	}
 	p.Rules = p.set()
+	p.Rules = p.WithRecord(Record{PassthroughAddressOurs: slices.Contains(p.Families, rules.IPv6) && !p.Host.PassthroughAddress})
 	p.steps()
 	return p, nil
 }
@@ -495,7 +496,7 @@ func (p *Plan) set() rules.Set {
 				rules.Chain{Table: rules.Raw, Name: chainZoneQuery, Rules: p.zoneQueries()})
 		}
 	}
-	nat(chainRecord, Record{PassthroughAddressOurs: slices.Contains(p.Families, rules.IPv6) && !p.Host.PassthroughAddress}.rules())
+	nat(chainRecord, nil) // filled once the rules are there: it says what they do not
 	return s
 }
 

@@ -297,9 +297,9 @@ func TestFamilies(t *testing.T) {
 			t.Fatal(err)
 		}
 		adds := slices.ContainsFunc(p.Steps, func(s tproxy.Step) bool { _, ok := s.(tproxy.AddAddress); return ok })
-		rec, ok := tproxy.ReadRecord(p.Rules)
-		if !slices.Equal(p.Families, test.want) || len(p.Notes) != test.notes || adds != test.adds || !ok || rec.PassthroughAddressOurs != test.record {
-			t.Errorf("%#v on %#v: %v, notes %q, adds %t, record %v %t", test.cfg, test.host, p.Families, p.Notes, adds, rec, ok)
+		rec, err := tproxy.ReadRecord(p.Rules)
+		if !slices.Equal(p.Families, test.want) || len(p.Notes) != test.notes || adds != test.adds || err != nil || rec.PassthroughAddressOurs != test.record {
+			t.Errorf("%#v on %#v: %v, notes %q, adds %t, record %v %v", test.cfg, test.host, p.Families, p.Notes, adds, rec, err)
 		}
 		if len(test.want) == 1 && len(p.Rules.IPTables(rules.IPv6)) > 0 {
 			t.Errorf("%#v on %#v has IPv6 rules", test.cfg, test.host)

@@ -40,35 +40,95 @@ func (c Config) MarshalJSON() ([]byte, error) {
 	if faults != nil {
 		return nil, &ConfigError{faults}
 	}
-	out := []byte{'{'}
-	var open []string // the objects that the last key stands in
-	for _, k := range keys {
-		v := k.value(&c)
-		if v == nil {
+	values, err := c.values()
+	if err != nil {
+		return nil, err
+	}
+	return document(values), nil
+}
+
+// values are what stands behind each of the keys, in their order, as JSON; nil for one
+// that is left out. The Config has no faults.
+func (c Config) values() ([][]byte, error) {
+	out := make([][]byte, len(keys))
+	buf := make([]byte, 0, 512)
+	for i := range keys {
+		v := keys[i].value(&c)
+		start := len(buf)
+		switch v := v.(type) {
+		case nil:
+			continue
+		case bool:
+			buf = strconv.AppendBool(buf, v)
+		case uint16:
+			buf = strconv.AppendUint(buf, uint64(v), 10)
+		case int64:
+			buf = strconv.AppendInt(buf, v, 10)
+		case string:
+			buf = appendText(buf, v)
+		case []string:
+			buf = append(buf, '[')
+			for j, e := range v {
+				if j > 0 {
+					buf = append(buf, ',')
+				}
+				buf = appendText(buf, e)
+			}
+			buf = append(buf, ']')
+		default:
+			text, err := json.Marshal(v)
+			if err != nil {
+				return nil, err
+			}
+			buf = append(buf, text...)
+		}
+		out[i] = buf[start:len(buf):len(buf)]
+	}
+	return out, nil
+}
+
+// appendText appends a text as encoding/json writes it, without its help where nothing
+// has to be escaped.
+func appendText(b []byte, s string) []byte {
+	for i := range len(s) {
+		if c := s[i]; c < ' ' || c > '~' || c == '"' || c == '\\' || c == '<' || c == '>' || c == '&' {
+			text, _ := json.Marshal(s) // a text has no error
+			return append(b, text...)
+		}
+	}
+	return append(append(append(b, '"'), s...), '"')
+}
+
+// document writes the keys that have a value.
+func document(values [][]byte) []byte {
+	out := make([]byte, 1, 512)
+	out[0] = '{'
+	open := "" // the object that the last key stands in, with its dot
+	for i, k := range keys {
+		if values[i] == nil {
 			continue
 		}
-		groups := strings.Split(k.path, ".")
-		name := groups[len(groups)-1]
-		groups = groups[:len(groups)-1]
-		same := 0
-		for same < min(len(open), len(groups)) && open[same] == groups[same] {
-			same++
+		at := strings.LastIndexByte(k.path, '.') + 1
+		group, name := k.path[:at], k.path[at:]
+		for !strings.HasPrefix(group, open) {
+			out = append(out, '}')
+			open = open[:strings.LastIndexByte(open[:len(open)-1], '.')+1]
 		}
-		out = append(out, strings.Repeat("}", len(open)-same)...)
 		if out[len(out)-1] != '{' {
 			out = append(out, ',')
 		}
-		for _, g := range groups[same:] {
+		for rest := group[len(open):]; rest != ""; {
+			var g string
+			g, rest, _ = strings.Cut(rest, ".")
 			out = append(strconv.AppendQuote(out, g), ":{"...)
 		}
-		open = groups
-		text, err := json.Marshal(v)
-		if err != nil {
-			return nil, err
-		}
-		out = append(append(strconv.AppendQuote(out, name), ':'), text...)
+		open = group
+		out = append(append(strconv.AppendQuote(out, name), ':'), values[i]...)
 	}
-	return append(out, strings.Repeat("}", len(open)+1)...), nil
+	for range strings.Count(open, ".") + 1 {
+		out = append(out, '}')
+	}
+	return out
 }
 
 // UnmarshalJSON reads a configuration with Kuma v3's keys and ours over the

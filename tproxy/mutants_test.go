@@ -73,8 +73,7 @@ var mutants = []struct {
 
 // unguarded are the rules that no theorem misses, and why.
 var unguarded = map[string]string{
-	"to this host itself: untouched":                                     "the chain ends there: it is for whoever reads the rules",
-	"kuma/mesh/transparent/proxy/kuma-tproxy 1 passthrough-address=ours": "a record in a chain that nothing jumps to",
+	"to this host itself: untouched": "the chain ends there: it is for whoever reads the rules",
 }
 
 func without[M rules.Match](r *rules.Rule) {
@@ -140,7 +139,7 @@ func TestEveryTheoremCanFail(t *testing.T) {
 	}
 	for _, c := range whole.Rules.Chains {
 		for _, r := range c.Rules {
-			if !guarded[r.Why] && unguarded[r.Why] == "" {
+			if !guarded[r.Why] && unguarded[r.Why] == "" && !r.Record { // nothing jumps to a record
 				t.Errorf("no mutant takes out %q", r.Why)
 			}
 		}

@@ -274,8 +274,11 @@ var number = regexp.MustCompile(`port \d+`)
 
 // reasonOf is the rule's reason, the same in all plans.
 func reasonOf(c Case, at spot) string {
-	why := number.ReplaceAllString(listAt(c.Rules, at)[at.rule].Why, "port N")
-	why = strings.TrimSuffix(why, " passthrough-address=ours")
+	r := listAt(c.Rules, at)[at.rule]
+	if r.Record {
+		return "the record"
+	}
+	why := number.ReplaceAllString(r.Why, "port N")
 	return strings.TrimPrefix(why, "kuma/mesh/transparent/proxy/")
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -308,7 +309,8 @@ func saved(s rules.Set, f rules.Family) []byte {
 }
 
 // TestNoStringAddsALine: whatever the strings of a Config and a Host hold, Build
-// refuses it, or the script has the lines it has with harmless strings.
+// refuses it, or the script has the lines it has with harmless strings; the record has
+// them in quotes.
 func TestNoStringAddsALine(t *testing.T) {
 	hostile := rapid.OneOf(
 		rapid.SampledFrom([]string{"", "x\n-A OUTPUT -j DROP", "x\nCOMMIT\n*filter\n-P INPUT DROP", `"; rm -rf / #`, "kuma\" -j ACCEPT", "a\r\nb", "\x00", "--", "-j", "$(reboot)",
@@ -355,11 +357,34 @@ func TestNoStringAddsALine(t *testing.T) {
 			return // a number was drawn, or the default
 		}
 		for _, f := range rules.Families() {
-			if got, want := string(p.Rules.IPTables(f)), string(harmless.Rules.IPTables(f)); got != want {
+			got, record := withoutRecord(string(p.Rules.IPTables(f)))
+			if want, _ := withoutRecord(string(harmless.Rules.IPTables(f))); got != want {
 				t.Fatalf("%s:\n%s\nwith harmless strings:\n%s", f, got, want)
+			}
+			for _, line := range record {
+				if !recordLine.MatchString(line) {
+					t.Fatalf("%s: a line of the record is %q", f, line)
+				}
 			}
 		}
 	})
+}
+
+// recordLine is what a line of the record is: a quoted word, and nothing behind it
+// that a string could have brought.
+var recordLine = regexp.MustCompile(`^-A KUMA_MESH_RECORD -m comment --comment "(?:[ !#-\[\]-~]|\\["\\])*" -j RETURN\n$`)
+
+// withoutRecord takes the lines out of a script that hold the record.
+func withoutRecord(script string) (rest string, record []string) {
+	var b strings.Builder
+	for line := range strings.Lines(script) {
+		if strings.HasPrefix(line, "-A KUMA_MESH_RECORD ") {
+			record = append(record, line)
+		} else {
+			b.WriteString(line)
+		}
+	}
+	return b.String(), record
 }
 
 // TestRefusals: Build refuses a valid Config exactly where the contract says.

@@ -176,7 +176,7 @@ func (t *transaction) execute(ctx context.Context, ipv6 bool, find func() ([]job
 	if err != nil {
 		return err
 	}
-	var rec tproxy.Record
+	rec := tproxy.Record{Version: t.recorded}
 	for i := range jobs {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -186,9 +186,8 @@ func (t *transaction) execute(ctx context.Context, ipv6 bool, find func() ([]job
 			return err
 		}
 		jobs[i].before = l
-		if was, ok := tproxy.ReadRecord(l.Ours); ok && was.PassthroughAddressOurs {
-			rec.PassthroughAddressOurs = true
-		}
+		was, _ := tproxy.ReadRecord(l.Ours) // of one that cannot be read, what could be
+		rec.PassthroughAddressOurs = rec.PassthroughAddressOurs || was.PassthroughAddressOurs
 		if len(l.Kuma) > 0 && jobs[i].family == rules.IPv6 {
 			// Kuma's installer adds ::6 wherever it has rules for IPv6, and leaves it.
 			rec.PassthroughAddressOurs = true

@@ -37,6 +37,9 @@ var (
 type Runner struct {
 	// Log gets what is done, at level Debug, and what is odd, at level Warn.
 	Log *slog.Logger
+	// Version is what the record of an install says of the program that made it.
+	// Empty means this module's version in that program, where it has one.
+	Version string
 
 	machine machine // nil is the one that we run on
 }

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"time"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
@@ -16,6 +17,7 @@ type session struct {
 	m   machine
 	log *slog.Logger
 
+	recorded           string   // the version in a record
 	lock               *os.File // what children inherit, while it is held
 	wait, waitInterval time.Duration
 	processes, retries int
@@ -32,12 +34,15 @@ func (s *session) patient(c tproxy.Config) {
 }
 
 func (r *Runner) session() (*session, error) {
-	s := &session{m: r.machine, log: r.Log, wait: tproxy.DefaultWait}
+	s := &session{m: r.machine, log: r.Log, recorded: r.Version, wait: tproxy.DefaultWait}
 	if s.m == nil {
 		if runtime.GOOS != "linux" {
 			return nil, fmt.Errorf("netfilter on %s: %w", runtime.GOOS, ErrUnsupported)
 		}
 		s.m = system{}
+	}
+	if s.recorded == "" {
+		s.recorded = buildVersion()
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
@@ -68,3 +73,20 @@ func (s *session) run(ctx context.Context, c command) (result, error) {
 	}
 	return r, nil
 }
+
+// buildVersion is this module's version in the program that runs, or "" where it was
+// built from its sources.
+func buildVersion() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return ""
+	}
+	for _, m := range append([]*debug.Module{&info.Main}, info.Deps...) {
+		if m.Path == modulePath && m.Replace == nil && m.Version != "(devel)" {
+			return m.Version
+		}
+	}
+	return ""
+}
+
+const modulePath = "github.com/kumahq/kuma-tproxy"
