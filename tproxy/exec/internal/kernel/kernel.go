@@ -46,7 +46,9 @@ type NFTBase struct {
 	Chain string
 	Hook  string // PREROUTING, INPUT, ..., INGRESS, EGRESS; "?" for one not known here
 	Type  string // filter, nat or route
-	Drops bool   // whether its policy is drop
+	// Priority is its place among the chains of the hook, lowest first.
+	Priority int32
+	Drops    bool // whether its policy is drop
 }
 
 // Route is a way out of this host.

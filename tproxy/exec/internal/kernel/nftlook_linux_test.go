@@ -31,10 +31,10 @@ func TestNFTBases(t *testing.T) {
 			}
 			`, "nft", "-f", "-")
 		want := []NFTBase{
-			{NFTTable{"inet", "firewalld"}, "pre", "PREROUTING", "filter", false},
-			{NFTTable{"inet", "firewalld"}, "in", "INPUT", "filter", true},
-			{NFTTable{"ip", "mine"}, "out", "OUTPUT", "nat", false},
-			{NFTTable{"netdev", "shield"}, "early", "INGRESS", "filter", false},
+			{NFTTable{"inet", "firewalld"}, "pre", "PREROUTING", "filter", -10, false},
+			{NFTTable{"inet", "firewalld"}, "in", "INPUT", "filter", 0, true},
+			{NFTTable{"ip", "mine"}, "out", "OUTPUT", "nat", -100, false},
+			{NFTTable{"netdev", "shield"}, "early", "INGRESS", "filter", 0, false},
 		}
 		got, err := NFTBases()
 		byName := func(a, b NFTBase) int { return strings.Compare(a.Table.Name+a.Chain, b.Table.Name+b.Chain) }
