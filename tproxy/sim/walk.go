@@ -125,8 +125,8 @@ func (w *walker) walk() Verdict {
 }
 
 // path calls the base chains in the order of the hooks and, at a hook, of their
-// priorities: raw -300, conntrack -200, mangle -150, nat -100, filter 0 (enum
-// nf_ip_hook_priorities in linux/netfilter_ipv4.h).
+// priorities: raw -300, conntrack -200, mangle -150, nat -100, filter 0, security
+// 50, 150 by iptables-nft (enum nf_ip_hook_priorities in linux/netfilter_ipv4.h).
 func (w *walker) path() end {
 	w.local = w.p.Path == In || w.p.Path == Out && w.env.IsLocal(w.p.Destination.Addr())
 	if w.p.Path != Out {
@@ -134,9 +134,9 @@ func (w *walker) path() end {
 			return e
 		}
 		if w.local {
-			return w.at(rules.Input, rules.Mangle, rules.Filter)
+			return w.at(rules.Input, rules.Mangle, rules.Filter, rules.Security)
 		}
-		if e := w.at(rules.Forward, rules.Mangle, rules.Filter); e > accepted {
+		if e := w.at(rules.Forward, rules.Mangle, rules.Filter, rules.Security); e > accepted {
 			return e
 		}
 		return w.at(rules.Postrouting, rules.Mangle)
@@ -148,7 +148,7 @@ func (w *walker) path() end {
 	w.owned = true
 	// The filter sees the interface from before a redirection: nf_hook_state
 	// keeps it when nf_nat_ipv4_local_fn routes the packet again.
-	if e := w.at(rules.Output, rules.Raw, rules.Mangle, rules.NAT, rules.Filter); e > accepted {
+	if e := w.at(rules.Output, rules.Raw, rules.Mangle, rules.NAT, rules.Filter, rules.Security); e > accepted {
 		return e
 	}
 	if w.redirected {
@@ -169,7 +169,7 @@ func (w *walker) path() end {
 	if e := w.at(rules.Prerouting, rules.Raw, rules.Mangle); e > accepted {
 		return e
 	}
-	return w.at(rules.Input, rules.Mangle, rules.Filter)
+	return w.at(rules.Input, rules.Mangle, rules.Filter, rules.Security)
 }
 
 // at calls the base chains of the tables at a hook.

@@ -226,6 +226,22 @@ func TestWalk(t *testing.T) {
 			in tcp 10.0.0.9:4000 > 10.0.0.7:81 => untouched # no rule is about it
 			in tcp state=midstream 10.0.0.9:4000 > 10.0.0.7:81 => dropped # midstream
 			forwarded tcp 10.0.0.9:4000 > 10.0.1.7:80 => dropped # -j DROP`},
+		{"security comes behind filter", `*filter
+			:INPUT ACCEPT [0:0]
+			-A INPUT -p tcp -m tcp --dport 1:2 -j ACCEPT
+			COMMIT
+			*security
+			:INPUT ACCEPT [0:0]
+			:FORWARD ACCEPT [0:0]
+			:OUTPUT ACCEPT [0:0]
+			-A INPUT -p tcp -m tcp --dport 1 -m comment --comment secure-in -j DROP
+			-A FORWARD -p tcp -m tcp --dport 1 -m comment --comment secure-forward -j DROP
+			-A OUTPUT -p tcp -m tcp --dport 3 -m comment --comment secure-out -j DROP`, `
+			in tcp 10.0.0.9:4000 > 10.0.0.7:1 => dropped # secure-in
+			in tcp 10.0.0.9:4000 > 10.0.0.7:2 => untouched # no rule is about it
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:1 => dropped # secure-in
+			out tcp uid=1 10.0.0.7:4000 > 10.0.0.9:3 => dropped # secure-out
+			forwarded tcp 10.0.0.9:4000 > 10.0.1.7:1 => dropped # secure-forward`},
 		{"mangle", `*mangle
 			:PREROUTING ACCEPT [0:0]
 			:POSTROUTING ACCEPT [0:0]
