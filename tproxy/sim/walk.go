@@ -477,9 +477,23 @@ func (w *walker) holds(m rules.Match) truth {
 		}
 		return w.in(m.Prefixes, m.Not, w.p.Destination.Addr())
 	case rules.InInterface:
-		return through(m.Name, m.Not, w.p.InInterface, w.hook == rules.Output || w.hook == rules.Postrouting)
+		none := through(m.Name, m.Not, "", true)
+		switch {
+		case w.hook == rules.Output || w.hook == rules.Postrouting && w.p.Path == Out:
+			return none
+		case w.hook == rules.Postrouting:
+			// Linux knows it there from 5.7 on (ip_output in net/ipv4/ip_output.c).
+			if some := through(m.Name, m.Not, w.p.InInterface, false); some != none {
+				return maybe
+			}
+			return none
+		}
+		return through(m.Name, m.Not, w.p.InInterface, false)
 	case rules.OutInterface:
-		return through(m.Name, m.Not, w.p.OutInterface, w.hook == rules.Prerouting || w.hook == rules.Input)
+		if w.hook == rules.Prerouting || w.hook == rules.Input {
+			return through(m.Name, m.Not, "", true)
+		}
+		return through(m.Name, m.Not, w.p.OutInterface, false)
 	case rules.SourcePorts:
 		return is(m.Ports.Contains(w.p.Source.Port()) != m.Not)
 	case rules.DestinationPorts:

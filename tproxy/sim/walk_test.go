@@ -242,6 +242,23 @@ func TestWalk(t *testing.T) {
 			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:1 => dropped # secure-in
 			out tcp uid=1 10.0.0.7:4000 > 10.0.0.9:3 => dropped # secure-out
 			forwarded tcp 10.0.0.9:4000 > 10.0.1.7:1 => dropped # secure-forward`},
+		{"interfaces where a hook has none", `*mangle
+			:PREROUTING ACCEPT [0:0]
+			:POSTROUTING ACCEPT [0:0]
+			:SHARED - [0:0]
+			:LATE - [0:0]
+			-A PREROUTING -p tcp -j SHARED
+			-A POSTROUTING -p udp -j LATE
+			-A SHARED -o eth1 -m comment --comment leaves -j DROP
+			-A SHARED ! -o eth1 -p tcp -m tcp --dport 1 -m comment --comment nowhere-yet -j DROP
+			-A LATE -i eth0 -m comment --comment comes -j DROP
+			-A LATE ! -i lo -p udp -m udp --dport 1 -m comment --comment not-lo -j DROP`, `
+			forwarded tcp in=eth0 out=eth1 10.0.0.9:4000 > 10.0.1.7:80 => untouched # no rule is about it
+			forwarded tcp in=eth0 out=eth1 10.0.0.9:4000 > 10.0.1.7:1 => dropped # nowhere-yet
+			forwarded udp in=eth0 out=eth1 10.0.0.9:4000 > 10.0.1.7:80 => unknown # cannot tell: rule 1 of mangle LATE names interface eth0, and through which one the packet came is not known
+			forwarded udp in=eth2 out=eth1 10.0.0.9:4000 > 10.0.1.7:1 => dropped # not-lo
+			out udp uid=1 out=eth1 10.0.0.7:4000 > 10.0.1.7:80 => untouched # no rule is about it
+			out udp uid=1 out=eth1 10.0.0.7:4000 > 10.0.1.7:1 => dropped # not-lo`},
 		{"mangle", `*mangle
 			:PREROUTING ACCEPT [0:0]
 			:POSTROUTING ACCEPT [0:0]
