@@ -361,6 +361,14 @@ func (q *probe) differs(a *arrivals) string {
 	p, to := q.packet, q.packet.Destination
 	want := arrival{"client", to.Port()}
 	switch {
+	case q.trace.Elsewhere:
+		// The walk ends there: filters may yet keep it from where it is sent.
+		step, _ := q.trace.Deciding()
+		to, err := netip.ParseAddrPort(step.Rule.Action.(rules.Translate).To)
+		if err != nil || len(got) > 0 && got[0].port != to.Port() {
+			return fmt.Sprintf("the kernel brought it to %v: %q", got, q.failed)
+		}
+		return ""
 	case q.trace.Kind == sim.Redirected:
 		want = arrival{"host", q.trace.Port}
 	case q.trace.Kind != sim.Untouched:
@@ -515,7 +523,7 @@ type probe struct {
 }
 
 // tells reports whether the walk says where the packet comes out.
-func (q *probe) tells() bool { return q.trace.Kind != sim.Unknown && !q.trace.Elsewhere }
+func (q *probe) tells() bool { return q.trace.Kind != sim.Unknown }
 
 func clearRules(t *testing.T, l *lab, program string) {
 	var s strings.Builder
