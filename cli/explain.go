@@ -330,6 +330,11 @@ func liveGround(cmd *cobra.Command, runner Runner, q question) (ground, error) {
 		g.what += ", of " + strings.Join(g.names, " and ")
 	}
 	g.local, g.hidden, g.routes = live.Local, live.Hidden, live.Routes
+	for _, a := range towards {
+		if live.Routes[a].Local {
+			g.local = append(g.local, hosts([]netip.Addr{a})...)
+		}
+	}
 	if q.local != nil {
 		g.local = hosts(q.local)
 	}

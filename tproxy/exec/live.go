@@ -36,6 +36,9 @@ type LiveRules struct {
 type Route struct {
 	Interface string
 	Source    netip.Addr
+	// Local is whether the address is this host's: a local route can say so, of an
+	// address that no interface has.
+	Local bool
 }
 
 // Hidden is a part of the rules that no iptables-save shows, or that it shows as

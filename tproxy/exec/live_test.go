@@ -125,7 +125,7 @@ func TestLiveAddresses(t *testing.T) {
 	m.local = []netip.Prefix{netip.MustParsePrefix("10.0.0.7/24")}
 	m.routes = map[netip.Addr]kernel.Route{a: {Interface: "eth0", Source: m.local[0].Addr()}}
 	l := m.live(t, a)
-	if len(l.Local) != 1 || l.Routes[a] != (Route{"eth0", m.local[0].Addr()}) {
+	if len(l.Local) != 1 || l.Routes[a] != (Route{"eth0", m.local[0].Addr(), false}) {
 		t.Errorf("%+v", l)
 	}
 }

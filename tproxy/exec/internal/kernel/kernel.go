@@ -55,6 +55,9 @@ type NFTBase struct {
 type Route struct {
 	Interface string
 	Source    netip.Addr
+	// Local is whether the address is this host's: a local route can say so, of an
+	// address that no interface has.
+	Local bool
 }
 
 // HeldError says that somebody else has a lock.
