@@ -151,6 +151,12 @@ func TestWalkAll(t *testing.T) {
 	one, two := nat("80", "REDIRECT --to-ports 1"), nat("81", "DNAT --to-destination 172.17.0.2")
 	both := nat("80:81", "REDIRECT --to-ports 3")
 	drop := save(t, rules.IPv4, "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p tcp -m tcp --dport 1 -m comment --comment no-proxy -j DROP")
+	reject := save(t, rules.IPv4, "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p tcp -m tcp --dport 1:2 -j REJECT --reject-with tcp-reset")
+	mark := save(t, rules.IPv4, "*mangle\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp -m tcp --dport 1:2 -j MARK --set-xmark 0x1/0x1")
+	marked := save(t, rules.IPv4, "*mangle\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -m mark --mark 0x1/0x1 -j DROP")
+	later := save(t, rules.IPv4, "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -m mark --mark 0x1/0x1 -j DROP")
+	natMark := save(t, rules.IPv4, "*nat\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp -m tcp --dport 1 -j MARK --set-xmark 0x1/0x1")
+	natMarked := save(t, rules.IPv4, "*nat\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp -m mark --mark 0x1/0x1 -j REDIRECT --to-ports 9")
 	for _, test := range []struct {
 		sets []rules.Set
 		port string
@@ -165,6 +171,17 @@ func TestWalkAll(t *testing.T) {
 		{[]rules.Set{drop, one}, "80", "dropped", 0},
 		{[]rules.Set{one, both}, "80", "unknown", 1},
 		{[]rules.Set{both, two}, "81", "unknown", 1},
+		{[]rules.Set{drop, reject}, "1", "unknown", 0},
+		{[]rules.Set{reject, drop}, "1", "unknown", 0},
+		{[]rules.Set{reject, drop}, "2", "refused", 0},
+		{[]rules.Set{reject, reject}, "1", "refused", 0},
+		{[]rules.Set{mark, marked}, "1", "unknown", 1},
+		{[]rules.Set{marked, mark}, "1", "unknown", 1},
+		{[]rules.Set{mark, marked}, "3", "untouched", -1},
+		{[]rules.Set{mark, later}, "1", "dropped", 1},
+		{[]rules.Set{natMark, natMarked}, "1", "unknown", 1},
+		{[]rules.Set{natMarked, natMark}, "1", "unknown", 0},
+		{[]rules.Set{natMarked, natMark}, "2", "untouched", -1},
 		{[]rules.Set{{}, one, {}}, "80", "redirected to port 1", 1},
 	} {
 		trace := sim.WalkAll(test.sets, env, sim.MustPacket("in tcp 10.0.0.9:4000 > 10.0.0.7:"+test.port))

@@ -195,13 +195,35 @@ func (w *walker) at(h rules.Hook, tables ...rules.Table) end {
 			}
 			continue
 		}
-		for i := range w.sets {
-			if e := w.bases(i, t, h); e > accepted {
-				return e
-			}
+		if e := w.tables(t, h); e > accepted {
+			return e
 		}
 	}
 	return accepted
+}
+
+// tables calls the base chains of a table of all Sets. Which of several comes
+// first is not known: what depends on it is not either.
+func (w *walker) tables(t rules.Table, h rules.Hook) end {
+	before := *w
+	e := accepted
+	for i := 0; i < len(w.sets) && e <= accepted; i++ {
+		e = w.bases(i, t, h)
+	}
+	if len(w.sets) == 1 || e == unknown {
+		return e
+	}
+	other, end := before, accepted
+	other.trace = nil
+	for i := len(w.sets) - 1; i >= 0 && end <= accepted; i-- {
+		end = other.bases(i, t, h)
+	}
+	if max(e, accepted) != max(end, accepted) || e <= accepted && (w.zone != other.zone || w.untracked != other.untracked) {
+		w.because("cannot tell: two sets of rules decide it at %s %s, and which comes first is not known", t, h)
+		return unknown
+	}
+	w.doubt |= other.doubt | w.mark ^ other.mark
+	return e
 }
 
 // bases calls the base chains of a table of one Set.
@@ -233,8 +255,20 @@ func (w *walker) bases(which int, t rules.Table, h rules.Hook) end {
 func (w *walker) nats(h rules.Hook) end {
 	before, after, won := *w, *w, accepted
 	translated := false
+	marked := make([]uint32, len(w.sets)) // the bits that each may change
+	for i := range w.sets {
+		alone := before
+		alone.trace = nil
+		alone.bases(i, rules.NAT, h)
+		marked[i] = alone.doubt | alone.mark ^ before.mark
+	}
 	for i := range w.sets {
 		*w = before
+		for j, bits := range marked {
+			if j != i {
+				w.doubt |= bits
+			}
+		}
 		e := w.bases(i, rules.NAT, h)
 		if e > elsewhere {
 			return e
