@@ -143,6 +143,19 @@ func TestSaves(t *testing.T) {
 	}
 }
 
+// A mark that the packet brings is no more known than others where something in a
+// nat table may have changed it.
+func TestWalkAllMarks(t *testing.T) {
+	opaque := save(t, rules.IPv4, "*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -j CONNMARK --restore-mark")
+	marked := save(t, rules.IPv4, "*nat\n:OUTPUT ACCEPT [0:0]\nCOMMIT\n*filter\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -m mark --mark 0x4000/0x4000 -j DROP")
+	p := sim.MustPacket("out udp uid=1 mark=0x4000 10.0.0.7:4000 > 10.0.0.9:53")
+	for _, sets := range [][]rules.Set{{opaque, marked}, {marked, opaque}} {
+		if trace := sim.WalkAll(sets, env, p); trace.Kind != sim.Unknown {
+			t.Error(trace)
+		}
+	}
+}
+
 // TestWalkAll: nft and legacy rules at once.
 func TestWalkAll(t *testing.T) {
 	nat := func(port, to string) rules.Set {

@@ -222,7 +222,7 @@ func (w *walker) tables(t rules.Table, h rules.Hook) end {
 		w.because("cannot tell: two sets of rules decide it at %s %s, and which comes first is not known", t, h)
 		return unknown
 	}
-	w.doubt |= other.doubt | w.mark ^ other.mark
+	w.doubt |= other.doubt | (w.mark ^ other.mark)
 	return e
 }
 
@@ -260,7 +260,7 @@ func (w *walker) nats(h rules.Hook) end {
 		alone := before
 		alone.trace = nil
 		alone.bases(i, rules.NAT, h)
-		marked[i] = alone.doubt | alone.mark ^ before.mark
+		marked[i] = alone.doubt | (alone.mark ^ before.mark)
 	}
 	for i := range w.sets {
 		*w = before
@@ -273,7 +273,7 @@ func (w *walker) nats(h rules.Hook) end {
 		if e > elsewhere {
 			return e
 		}
-		after.doubt |= w.doubt | w.mark ^ before.mark
+		after.doubt |= w.doubt | (w.mark ^ before.mark)
 		after.anyone, after.snat = after.anyone || w.anyone, max(after.snat, w.snat)
 		if e != elsewhere && w.redirected == before.redirected {
 			continue
