@@ -117,17 +117,23 @@ func (p *parser) question() (q question) {
 		}
 	}
 	q.planned = config != nil
-	if q.file = p.text("rules"); p.given("rules") && q.planned {
+	switch q.file = p.text("rules"); {
+	case !p.given("rules"):
+	case q.file == "": // an empty variable of a shell must not mean the live rules
+		p.refuse("rules", q.file, "a file that iptables-save or ip6tables-save printed")
+	case q.planned:
 		p.refuse("rules", q.file, "either a file or the flags of an install ("+strings.Join(config, ", ")+")")
 	}
 	return q
 }
 
+var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+
 func (p *parser) destination() netip.AddrPort {
 	s := p.text("to")
 	to, err := netip.ParseAddrPort(s)
 	switch {
-	case err != nil, to.Addr().Zone() != "", to.Addr().Is4In6(), to.Addr().IsUnspecified():
+	case err != nil, to.Addr().Zone() != "", to.Addr().Is4In6(), to.Addr().IsUnspecified(), to.Addr().IsMulticast(), to.Addr() == broadcast:
 		p.refuse("to", s, "an address and a port from 1 to 65535, such as 10.0.0.7:80 or [fd00::7]:80")
 		return netip.AddrPort{}
 	case to.Port() == 0:
@@ -324,6 +330,11 @@ func liveGround(cmd *cobra.Command, runner Runner, q question) (ground, error) {
 		g.what += ", of " + strings.Join(g.names, " and ")
 	}
 	g.local, g.hidden, g.routes = live.Local, live.Hidden, live.Routes
+	for _, a := range towards {
+		if live.Routes[a].Local {
+			g.local = append(g.local, hosts([]netip.Addr{a})...)
+		}
+	}
 	if q.local != nil {
 		g.local = hosts(q.local)
 	}

@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
@@ -35,6 +36,9 @@ type LiveRules struct {
 type Route struct {
 	Interface string
 	Source    netip.Addr
+	// Local is whether the address is this host's: a local route can say so, of an
+	// address that no interface has.
+	Local bool
 }
 
 // Hidden is a part of the rules that no iptables-save shows, or that it shows as
@@ -156,8 +160,12 @@ func (r *reader) others() error {
 	}
 	for _, b := range bases {
 		table := b.Table.Family + " " + b.Table.Name
+		what := "table " + table
 		if slices.Contains(r.shown, table) {
-			continue
+			if listed(b) {
+				continue
+			}
+			what = fmt.Sprintf("chain %s of %s, priority %d", b.Chain, what, b.Priority)
 		}
 		family := map[string]rules.Family{"ip": rules.IPv4, "ip6": rules.IPv6}[b.Table.Family]
 		var hooks []rules.Hook
@@ -170,9 +178,25 @@ func (r *reader) others() error {
 		default:
 			hooks = []rules.Hook{rules.Hook(b.Hook)}
 		}
-		r.hide("table "+table, family, hooks...)
+		r.hide(what, family, hooks...)
 	}
 	return nil
+}
+
+// listed reports whether iptables-nft-save shows the chain, of a table that it
+// shows: it passes over other base chains, and says so in a comment alone
+// (nft_is_chain_compatible and xtables_ipv4 in iptables/nft.c).
+func listed(b kernel.NFTBase) bool {
+	kind, priority := "filter", map[string]int32{"raw": -300, "mangle": -150, "nat": -100, "filter": 0, "security": 150}[b.Table.Name]
+	switch {
+	case b.Table.Name == "nat":
+		if kind = "nat"; b.Hook == "INPUT" || b.Hook == "POSTROUTING" {
+			priority = 100
+		}
+	case b.Table.Name == "mangle" && b.Hook == "OUTPUT":
+		kind = "route"
+	}
+	return b.Chain == b.Hook && b.Type == kind && b.Priority == priority
 }
 
 // hide notes what is hidden, a table once.

@@ -70,17 +70,23 @@ func TestLiveNamesWhatIsHidden(t *testing.T) {
 	base := func(family, table, hook string) kernel.NFTBase {
 		return kernel.NFTBase{Table: kernel.NFTTable{Family: family, Name: table}, Chain: "c", Hook: hook, Type: "filter"}
 	}
+	shown := func(family, hook string, priority int32) kernel.NFTBase {
+		return kernel.NFTBase{Table: kernel.NFTTable{Family: family, Name: "nat"}, Chain: hook, Hook: hook, Type: "nat", Priority: priority}
+	}
 	m.nftBases = []kernel.NFTBase{
-		base("ip", "nat", "PREROUTING"), base("ip6", "nat", "OUTPUT"), // iptables shows them
+		// iptables shows these, and no chain of another name, priority or type.
+		shown("ip", "PREROUTING", -100), shown("ip6", "OUTPUT", -100), shown("ip", "INPUT", 100),
+		base("ip", "nat", "POSTROUTING"), shown("ip6", "INPUT", -5),
 		base("inet", "firewalld", "PREROUTING"), base("inet", "firewalld", "INPUT"),
 		base("ip6", "docker", "FORWARD"), base("netdev", "shield", "INGRESS"), base("inet", "new", "?"),
 	}
 	m.natives = map[string][]string{"ip nat": {"chain PREROUTING: lookup"}}
 	l := m.live(t)
 	same(t, "hidden", l.names(), []string{"a rule made with nft in table ip nat, chain PREROUTING: lookup",
+		"chain c of table ip nat, priority 0", "chain INPUT of table ip6 nat, priority -5",
 		"table inet firewalld", "table ip6 docker", "table netdev shield", "table inet new"})
 	for i, want := range []struct{ v4in, v6forward, v4out bool }{
-		{true, false, true}, {true, false, false}, {false, true, false}, {true, false, false}, {true, true, true},
+		{true, false, true}, {false, false, false}, {false, false, false}, {true, false, false}, {false, true, false}, {true, false, false}, {true, true, true},
 	} {
 		h := l.Hidden[i]
 		if h.Meets(rules.IPv4, rules.Prerouting, rules.Input) != want.v4in || h.Meets(rules.IPv6, rules.Forward) != want.v6forward || h.Meets(rules.IPv4, rules.Output) != want.v4out {
@@ -91,7 +97,7 @@ func TestLiveNamesWhatIsHidden(t *testing.T) {
 	m.onRun = func(c command) (result, bool) {
 		return result{Stdout: []byte("# Table `nat' is incompatible, use 'nft' tool.\n")}, c.Path == "/usr/sbin/iptables-nft-save"
 	}
-	same(t, "incompatible", m.live(t).names()[:2], []string{"table ip nat", "table inet firewalld"})
+	same(t, "incompatible", m.live(t).names()[:2], []string{"table ip nat", "chain INPUT of table ip6 nat, priority -5"})
 }
 
 func TestLiveErrors(t *testing.T) {
@@ -119,7 +125,7 @@ func TestLiveAddresses(t *testing.T) {
 	m.local = []netip.Prefix{netip.MustParsePrefix("10.0.0.7/24")}
 	m.routes = map[netip.Addr]kernel.Route{a: {Interface: "eth0", Source: m.local[0].Addr()}}
 	l := m.live(t, a)
-	if len(l.Local) != 1 || l.Routes[a] != (Route{"eth0", m.local[0].Addr()}) {
+	if len(l.Local) != 1 || l.Routes[a] != (Route{"eth0", m.local[0].Addr(), false}) {
 		t.Errorf("%+v", l)
 	}
 }

@@ -45,6 +45,11 @@ const (
 	Filter Table = "filter"
 )
 
+// Security is the table that comes behind filter, for mandatory access control
+// (SECMARK in iptables-extensions(8)). It is only read: a Set of ours has no
+// rules there.
+const Security Table = "security"
+
 // Hook is a netfilter hook: the place on a packet's way at which a base chain
 // sees it.
 type Hook string

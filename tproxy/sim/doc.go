@@ -8,9 +8,10 @@
 // through the rules of both variants of iptables at once.
 //
 // What a walk cannot know, such as a match that the parser left opaque, makes
-// the verdict [Unknown]; it is never guessed and never skipped. Source NAT
-// (nat INPUT and POSTROUTING) is not walked: it does not change where a packet
-// goes.
+// the verdict [Unknown]; it is never guessed and never skipped. Source NAT does
+// not change where a packet goes, so nat INPUT is not walked, and nat POSTROUTING
+// for packets that come in again through lo alone: then their source may be
+// another.
 //
 // The package is pure: it reads no file, starts no process and never logs.
 package sim

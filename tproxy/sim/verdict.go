@@ -81,6 +81,8 @@ type Step struct {
 	Because string
 	// Set is which of the Sets of WalkAll has the rule, from 0.
 	Set int
+	// Hook is where the packet was when it met the rule.
+	Hook rules.Hook
 }
 
 // Place writes table, chain and index, such as "nat PREROUTING #1".
@@ -136,7 +138,8 @@ func (t Trace) Deciding() (step Step, ok bool) {
 			if a, ct := s.Rule.Action.(rules.CTZone); ct && s.Matched && a.Zone == t.Zone && (!ok || step.Table == rules.Raw) {
 				step, ok = s, true
 			}
-			if !s.Matched || s.Table != rules.NAT || s.Rule.Target() != "" {
+			// POSTROUTING is about the source.
+			if !s.Matched || s.Table != rules.NAT || s.Rule.Target() != "" || s.Hook == rules.Postrouting {
 				continue
 			}
 			// A rule without matches only marks the end of a chain: what sent the

@@ -74,13 +74,16 @@ type walker struct {
 	// zoned is whether the packet has its conntrack entry or template, after
 	// which CT does nothing (xt_ct_target in net/netfilter/xt_CT.c).
 	zoned      bool
+	seen       bool // whether connection tracking has seen it
 	zone       uint16
 	untracked  bool
 	mark       uint32
 	doubt      uint32 // the bits of the mark that are not known
 	redirected bool
 	port       uint16
-	anywhere   bool // whether REDIRECT chose a destination that the walk does not know
+	dnat, snat truth // whether conntrack has its destination, or its source, changed
+	anywhere   bool  // whether REDIRECT chose a destination that the walk does not know
+	anyone     bool  // whether nat POSTROUTING may have given it another source
 	trace      *Trace
 }
 
@@ -125,8 +128,8 @@ func (w *walker) walk() Verdict {
 }
 
 // path calls the base chains in the order of the hooks and, at a hook, of their
-// priorities: raw -300, conntrack -200, mangle -150, nat -100, filter 0 (enum
-// nf_ip_hook_priorities in linux/netfilter_ipv4.h).
+// priorities: raw -300, conntrack -200, mangle -150, nat -100, filter 0, security
+// 50, 150 by iptables-nft (enum nf_ip_hook_priorities in linux/netfilter_ipv4.h).
 func (w *walker) path() end {
 	w.local = w.p.Path == In || w.p.Path == Out && w.env.IsLocal(w.p.Destination.Addr())
 	if w.p.Path != Out {
@@ -134,9 +137,9 @@ func (w *walker) path() end {
 			return e
 		}
 		if w.local {
-			return w.at(rules.Input, rules.Mangle, rules.Filter)
+			return w.at(rules.Input, rules.Mangle, rules.Filter, rules.Security)
 		}
-		if e := w.at(rules.Forward, rules.Mangle, rules.Filter); e > accepted {
+		if e := w.at(rules.Forward, rules.Mangle, rules.Filter, rules.Security); e > accepted {
 			return e
 		}
 		return w.at(rules.Postrouting, rules.Mangle)
@@ -148,7 +151,7 @@ func (w *walker) path() end {
 	w.owned = true
 	// The filter sees the interface from before a redirection: nf_hook_state
 	// keeps it when nf_nat_ipv4_local_fn routes the packet again.
-	if e := w.at(rules.Output, rules.Raw, rules.Mangle, rules.NAT, rules.Filter); e > accepted {
+	if e := w.at(rules.Output, rules.Raw, rules.Mangle, rules.NAT, rules.Filter, rules.Security); e > accepted {
 		return e
 	}
 	if w.redirected {
@@ -160,6 +163,10 @@ func (w *walker) path() end {
 	if w.p.OutInterface != "lo" {
 		return accepted
 	}
+	// Of a packet that comes in again, the source matters.
+	if e := w.at(rules.Postrouting, rules.NAT); e > accepted {
+		return e
+	}
 	// Through lo the packet comes in again, without its socket (skb_orphan in
 	// drivers/net/loopback.c) and with its conntrack entry, whose destination was
 	// settled in OUTPUT: nat does not see it again (nf_nat_initialized in
@@ -169,7 +176,7 @@ func (w *walker) path() end {
 	if e := w.at(rules.Prerouting, rules.Raw, rules.Mangle); e > accepted {
 		return e
 	}
-	return w.at(rules.Input, rules.Mangle, rules.Filter)
+	return w.at(rules.Input, rules.Mangle, rules.Filter, rules.Security)
 }
 
 // at calls the base chains of the tables at a hook.
@@ -180,7 +187,7 @@ func (w *walker) at(h rules.Hook, tables ...rules.Table) end {
 			continue
 		}
 		if t == rules.Mangle || t == rules.NAT {
-			w.zoned = true // conntrack stands between raw and mangle
+			w.zoned, w.seen = true, true // conntrack stands between raw and mangle
 		}
 		if t == rules.NAT && len(w.sets) > 1 {
 			if e := w.nats(h); e > accepted {
@@ -188,13 +195,35 @@ func (w *walker) at(h rules.Hook, tables ...rules.Table) end {
 			}
 			continue
 		}
-		for i := range w.sets {
-			if e := w.bases(i, t, h); e > accepted {
-				return e
-			}
+		if e := w.tables(t, h); e > accepted {
+			return e
 		}
 	}
 	return accepted
+}
+
+// tables calls the base chains of a table of all Sets. Which of several comes
+// first is not known: what depends on it is not either.
+func (w *walker) tables(t rules.Table, h rules.Hook) end {
+	before := *w
+	e := accepted
+	for i := 0; i < len(w.sets) && e <= accepted; i++ {
+		e = w.bases(i, t, h)
+	}
+	if len(w.sets) == 1 || e == unknown {
+		return e
+	}
+	other, end := before, accepted
+	other.trace = nil
+	for i := len(w.sets) - 1; i >= 0 && end <= accepted; i-- {
+		end = other.bases(i, t, h)
+	}
+	if max(e, accepted) != max(end, accepted) || e <= accepted && (w.zone != other.zone || w.untracked != other.untracked) {
+		w.because("cannot tell: two sets of rules decide it at %s %s, and which comes first is not known", t, h)
+		return unknown
+	}
+	w.doubt |= other.doubt | (w.mark ^ other.mark)
+	return e
 }
 
 // bases calls the base chains of a table of one Set.
@@ -226,13 +255,26 @@ func (w *walker) bases(which int, t rules.Table, h rules.Hook) end {
 func (w *walker) nats(h rules.Hook) end {
 	before, after, won := *w, *w, accepted
 	translated := false
+	marked := make([]uint32, len(w.sets)) // the bits that each may change
+	for i := range w.sets {
+		alone := before
+		alone.trace = nil
+		alone.bases(i, rules.NAT, h)
+		marked[i] = alone.doubt | (alone.mark ^ before.mark)
+	}
 	for i := range w.sets {
 		*w = before
+		for j, bits := range marked {
+			if j != i {
+				w.doubt |= bits
+			}
+		}
 		e := w.bases(i, rules.NAT, h)
 		if e > elsewhere {
 			return e
 		}
-		after.doubt |= w.doubt | w.mark ^ before.mark
+		after.doubt |= w.doubt | (w.mark ^ before.mark)
+		after.anyone, after.snat = after.anyone || w.anyone, max(after.snat, w.snat)
 		if e != elsewhere && w.redirected == before.redirected {
 			continue
 		}
@@ -256,7 +298,7 @@ func (w *walker) because(format string, args ...any) {
 }
 
 func (w *walker) step(t rules.Table, chain string, i int, r *rules.Rule, matched bool, because string) {
-	w.trace.Steps = append(w.trace.Steps, Step{t, chain, i + 1, *r, matched, because, w.which})
+	w.trace.Steps = append(w.trace.Steps, Step{t, chain, i + 1, *r, matched, because, w.which, w.hook})
 }
 
 // chain calls a chain. depth is how many jumps and gotos led to it: more of
@@ -272,6 +314,12 @@ func (w *walker) chain(t rules.Table, name string, list []rules.Rule, depth int)
 			}
 			continue
 		case maybe:
+			if t == rules.NAT && w.hook == rules.Postrouting {
+				if w.trace != nil {
+					w.step(t, name, i, r, false, "cannot tell, and then its source is not known: it "+w.cannot(culprit))
+				}
+				return w.lost()
+			}
 			same := w.same(t, r.Action, depth)
 			if w.trace != nil {
 				what := w.cannot(culprit)
@@ -320,13 +368,20 @@ func (w *walker) chain(t rules.Table, name string, list []rules.Rule, depth int)
 			w.mark, w.doubt = w.mark&^a.Mask^a.Value, w.doubt&^a.Mask
 		case rules.Nothing:
 		case rules.Translate:
-			if a.Target == "DNAT" && t == rules.NAT {
+			switch {
+			case t == rules.NAT && w.hook == rules.Postrouting:
+				w.anyone, w.snat = true, maybe // it may be given the source that it has
+				return accepted
+			case t == rules.NAT && a.Target == "DNAT":
 				return elsewhere
 			}
 			w.because("cannot tell: rule %d of %s %s uses %s", i+1, t, name, a.Target)
 			return unknown
 		case rules.Opaque:
 			if !w.opaque(a) {
+				if t == rules.NAT && w.hook == rules.Postrouting {
+					return w.lost()
+				}
 				w.because("cannot tell: rule %d of %s %s uses %s", i+1, t, name, a.Text())
 				return unknown
 			}
@@ -351,11 +406,21 @@ func (w *walker) call(t rules.Table, name string, depth int) end {
 	return unknown
 }
 
+// lost is for what cannot be told in nat POSTROUTING, which changes no more of a
+// packet than its source and its mark.
+func (w *walker) lost() end {
+	w.anyone, w.snat, w.doubt = true, maybe, allBits
+	return accepted
+}
+
 // redirect changes the destination: in OUTPUT to the loopback address, in
-// PREROUTING to the first address of the interface (nf_nat_redirect.c).
+// PREROUTING to the first address of the interface (nf_nat_redirect.c). One that
+// is where it goes already is no DNAT to conntrack (nf_nat_setup_info in
+// net/netfilter/nf_nat_core.c).
 func (w *walker) redirect(port uint16) {
+	before := w.p.Destination
 	w.redirected, w.local, w.port = true, true, port
-	to := w.p.Destination.Addr()
+	to := before.Addr()
 	switch {
 	case w.hook == rules.Prerouting:
 		w.anywhere = true
@@ -365,6 +430,12 @@ func (w *walker) redirect(port uint16) {
 		to = netip.IPv6Loopback()
 	}
 	w.p.Destination = netip.AddrPortFrom(to, port)
+	switch {
+	case before != w.p.Destination:
+		w.dnat = yes
+	case w.anywhere:
+		w.dnat = maybe
+	}
 }
 
 // opaque carries out an action that has no type, and reports whether what it
@@ -374,8 +445,13 @@ func (w *walker) opaque(o rules.Opaque) bool {
 	target, options, _ := strings.Cut(rest, " ")
 	switch target {
 	case "LOG", "NFLOG", "ULOG", "TRACE", "AUDIT", "CHECKSUM", "CLASSIFY", "CONNSECMARK", "DSCP", "ECN", "IDLETIMER", "LED",
-		"RATEEST", "SECMARK", "SET", "TCPMSS", "TCPOPTSTRIP", "TEE", "TOS":
+		"RATEEST", "SECMARK", "TCPMSS", "TCPOPTSTRIP", "TEE", "TOS":
 		return jump // these change nothing of a packet's way
+	case "SET":
+		if strings.Contains(options, "--map-mark") {
+			w.doubt = allBits
+		}
+		return jump
 	case "CONNMARK":
 		if strings.Contains(options, "--restore-mark") {
 			w.doubt = allBits
@@ -470,6 +546,9 @@ func (w *walker) holds(m rules.Match) truth {
 	case rules.SYN:
 		return is((w.p.State == New) != m.Not)
 	case rules.Source:
+		if w.anyone {
+			return maybe
+		}
 		return w.in(m.Prefixes, m.Not, w.p.Source.Addr())
 	case rules.Destination:
 		if w.anywhere {
@@ -477,14 +556,34 @@ func (w *walker) holds(m rules.Match) truth {
 		}
 		return w.in(m.Prefixes, m.Not, w.p.Destination.Addr())
 	case rules.InInterface:
-		return through(m.Name, m.Not, w.p.InInterface, w.hook == rules.Output || w.hook == rules.Postrouting)
+		none := through(m.Name, m.Not, "", true)
+		switch {
+		case w.hook == rules.Output || w.hook == rules.Postrouting && w.p.Path == Out:
+			return none
+		case w.hook == rules.Postrouting:
+			// Linux knows it there from 5.7 on (ip_output in net/ipv4/ip_output.c).
+			if some := through(m.Name, m.Not, w.p.InInterface, false); some != none {
+				return maybe
+			}
+			return none
+		}
+		return through(m.Name, m.Not, w.p.InInterface, false)
 	case rules.OutInterface:
-		return through(m.Name, m.Not, w.p.OutInterface, w.hook == rules.Prerouting || w.hook == rules.Input)
+		if w.hook == rules.Prerouting || w.hook == rules.Input {
+			return through(m.Name, m.Not, "", true)
+		}
+		return through(m.Name, m.Not, w.p.OutInterface, false)
 	case rules.SourcePorts:
+		if w.anyone {
+			return maybe
+		}
 		return is(m.Ports.Contains(w.p.Source.Port()) != m.Not)
 	case rules.DestinationPorts:
 		return is(m.Ports.Contains(w.p.Destination.Port()) != m.Not)
 	case rules.SourceLocal:
+		if w.anyone {
+			return maybe
+		}
 		return is(w.env.IsLocal(w.p.Source.Addr()) != m.Not)
 	case rules.DestinationLocal:
 		return is(w.local != m.Not)
@@ -495,7 +594,7 @@ func (w *walker) holds(m rules.Match) truth {
 	case rules.OwnerGID:
 		return is((w.owned && m.GIDs.Contains(w.p.GID)) != m.Not)
 	case rules.CTState:
-		return is(w.state(m.States) != m.Not)
+		return w.state(m)
 	case rules.Mark:
 		return w.marked(m)
 	}
@@ -539,28 +638,36 @@ func through(name string, not bool, have string, none bool) truth {
 	return is((have == name || wild && strings.HasPrefix(have, prefix)) != not)
 }
 
-func (w *walker) state(states string) bool {
-	for s := range strings.SplitSeq(states, ",") {
-		switch s {
-		case "NEW":
-			if w.p.State != Established && !w.untracked {
-				return true
-			}
-		case "ESTABLISHED":
-			if w.p.State == Established && !w.untracked {
-				return true
-			}
-		case "UNTRACKED":
-			if w.untracked {
-				return true
-			}
-		case "DNAT":
-			if w.redirected {
-				return true
-			}
+// state compares the states of the packet's connection (conntrack_mt in
+// net/netfilter/xt_conntrack.c). In raw, in front of connection tracking, that is
+// INVALID, and NEW behind CT (xt_ct_target in net/netfilter/xt_CT.c).
+func (w *walker) state(m rules.CTState) truth {
+	is := "NEW"
+	switch {
+	case w.untracked:
+		is = "UNTRACKED"
+	case !w.zoned:
+		is = "INVALID"
+	case w.seen && w.p.State == Established:
+		is = "ESTABLISHED"
+	}
+	out := no
+	for s := range strings.SplitSeq(m.States, ",") {
+		switch {
+		case s == is:
+			out = yes
+		case s == "DNAT" && is == "ESTABLISHED", s == "SNAT" && is == "ESTABLISHED":
+			out = max(out, maybe) // whether its first packet was is not known
+		case s == "DNAT":
+			out = max(out, w.dnat)
+		case s == "SNAT":
+			out = max(out, w.snat)
 		}
 	}
-	return false
+	if m.Not {
+		return yes - out
+	}
+	return out
 }
 
 // not says why a match does not hold.
@@ -639,6 +746,10 @@ func (w *walker) cannot(m rules.Match) string {
 		return fmt.Sprintf("names interface %s, and through which one the packet leaves is not known", m.Name)
 	case rules.Destination:
 		return "names a destination, and REDIRECT made it the first address of an interface that is not known"
+	case rules.Source, rules.SourcePorts, rules.SourceLocal:
+		return "names a source, and nat POSTROUTING may have given the packet another"
+	case rules.CTState:
+		return fmt.Sprintf("looks for a connection that is %s, and whether it is translated is not known", m.States)
 	case rules.Mark:
 		return fmt.Sprintf("looks for the mark %#x, and the packet's is not known", m.Value)
 	case rules.Opaque:

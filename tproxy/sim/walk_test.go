@@ -226,6 +226,114 @@ func TestWalk(t *testing.T) {
 			in tcp 10.0.0.9:4000 > 10.0.0.7:81 => untouched # no rule is about it
 			in tcp state=midstream 10.0.0.9:4000 > 10.0.0.7:81 => dropped # midstream
 			forwarded tcp 10.0.0.9:4000 > 10.0.1.7:80 => dropped # -j DROP`},
+		{"security comes behind filter", `*filter
+			:INPUT ACCEPT [0:0]
+			-A INPUT -p tcp -m tcp --dport 1:2 -j ACCEPT
+			COMMIT
+			*security
+			:INPUT ACCEPT [0:0]
+			:FORWARD ACCEPT [0:0]
+			:OUTPUT ACCEPT [0:0]
+			-A INPUT -p tcp -m tcp --dport 1 -m comment --comment secure-in -j DROP
+			-A FORWARD -p tcp -m tcp --dport 1 -m comment --comment secure-forward -j DROP
+			-A OUTPUT -p tcp -m tcp --dport 3 -m comment --comment secure-out -j DROP`, `
+			in tcp 10.0.0.9:4000 > 10.0.0.7:1 => dropped # secure-in
+			in tcp 10.0.0.9:4000 > 10.0.0.7:2 => untouched # no rule is about it
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:1 => dropped # secure-in
+			out tcp uid=1 10.0.0.7:4000 > 10.0.0.9:3 => dropped # secure-out
+			forwarded tcp 10.0.0.9:4000 > 10.0.1.7:1 => dropped # secure-forward`},
+		{"in raw a connection has no state yet", `*raw
+			:PREROUTING ACCEPT [0:0]
+			:OUTPUT ACCEPT [0:0]
+			-A PREROUTING -p tcp -m conntrack --ctstate NEW -j ACCEPT
+			-A PREROUTING -p tcp -m tcp --dport 1 -m conntrack --ctstate INVALID -m comment --comment not-yet -j DROP
+			-A OUTPUT -p udp -m udp --dport 1 -j CT --zone 5
+			-A OUTPUT -p udp -m udp --dport 2 -j CT --notrack
+			-A OUTPUT -p udp -m udp --dport 3 -j CT --helper tftp
+			-A OUTPUT -p udp -m conntrack --ctstate NEW -m comment --comment template -j DROP
+			-A OUTPUT -p udp -m conntrack --ctstate UNTRACKED -m comment --comment untracked -j DROP
+			-A OUTPUT -p udp -m udp --dport 4 -m conntrack ! --ctstate NEW,ESTABLISHED,UNTRACKED -m comment --comment nothing -j DROP`, `
+			in tcp 10.0.0.9:4000 > 10.0.0.7:1 => dropped # not-yet
+			in tcp state=established 10.0.0.9:4000 > 10.0.0.7:1 => dropped # not-yet
+			in tcp 10.0.0.9:4000 > 10.0.0.7:2 => untouched # no rule is about it
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:1 => untouched # no rule is about it
+			out udp uid=1 10.0.0.7:4000 > 10.0.0.9:1 => dropped in zone 5 # template
+			out udp uid=1 10.0.0.7:4000 > 10.0.0.9:2 => dropped # untracked
+			out udp uid=1 10.0.0.7:4000 > 10.0.0.9:3 => dropped # template
+			out udp uid=1 10.0.0.7:4000 > 10.0.0.9:4 => dropped # nothing`},
+		{"a redirection that changes nothing is no DNAT", `*nat
+			:PREROUTING ACCEPT [0:0]
+			:OUTPUT ACCEPT [0:0]
+			-A PREROUTING -p tcp -j REDIRECT --to-ports 15001
+			-A OUTPUT -p tcp -m comment --comment redirect -j REDIRECT --to-ports 15001
+			COMMIT
+			*filter
+			:INPUT ACCEPT [0:0]
+			-A INPUT -m conntrack --ctstate DNAT -m comment --comment translated -j DROP`, `
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:15001 => redirected to port 15001 # redirect
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.2:15001 => dropped # translated
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:80 => dropped # translated
+			in tcp 10.0.0.9:4000 > 10.0.0.7:80 => dropped # translated
+			in tcp 10.0.0.9:4000 > 10.0.0.7:15001 => unknown # cannot tell: rule 1 of filter INPUT looks for a connection that is DNAT, and whether it is translated is not known
+			in tcp state=established 10.0.0.9:4000 > 10.0.0.7:80 => unknown # cannot tell: rule 1 of filter INPUT looks for a connection that is DNAT, and whether it is translated is not known`},
+		{"through lo a packet may come in with another source", `*nat
+			:OUTPUT ACCEPT [0:0]
+			:POSTROUTING ACCEPT [0:0]
+			:SNAT-SOME - [0:0]
+			-A OUTPUT -p tcp -m tcp --dport 5 -m comment --comment five -j REDIRECT --to-ports 15001
+			-A POSTROUTING -p tcp -m tcp --dport 4 -m statistic --mode random --probability 0.5 -j MASQUERADE
+			-A OUTPUT -p tcp -m tcp --dport 11 -m comment --comment eleven -j ACCEPT
+			-A POSTROUTING -p tcp -j SNAT-SOME
+			-A SNAT-SOME -p tcp -m tcp --dport 1 -j RETURN
+			-A SNAT-SOME -p tcp -m tcp --dport 2 -j MARK --set-xmark 0x4000/0x0
+			-A SNAT-SOME -p tcp -m tcp --dport 3 -j NETMAP --to 10.1.0.0/16
+			-A SNAT-SOME -p tcp -j SNAT --to-source 10.0.0.7
+			COMMIT
+			*filter
+			:INPUT ACCEPT [0:0]
+			-A INPUT -p tcp -m tcp --dport 7 -m conntrack --ctstate SNAT -j DROP
+			-A INPUT -p tcp -m tcp --dport 2 -m mark --mark 0x4000/0x4000 -m comment --comment marked -j DROP
+			-A INPUT -p tcp -m tcp --dport 3 -m mark --mark 0x1 -j DROP
+			-A INPUT -s 127.0.0.1/32 -p tcp -m tcp --dport 1:9 -m comment --comment from-here -j DROP
+			-A INPUT -s 127.0.0.1/32 -p tcp -m tcp --dport 15001 -j DROP`, `
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:1 => dropped # from-here
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:2 => dropped # marked
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:3 => unknown # cannot tell: rule 3 of filter INPUT looks for the mark 0x1, and the packet's is not known
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:4 => unknown # cannot tell: rule 4 of filter INPUT names a source, and nat POSTROUTING may have given the packet another
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:5 => unknown # cannot tell: rule 5 of filter INPUT names a source, and nat POSTROUTING may have given the packet another
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:6 => unknown # cannot tell: rule 4 of filter INPUT names a source, and nat POSTROUTING may have given the packet another
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:7 => unknown # cannot tell: rule 1 of filter INPUT looks for a connection that is SNAT, and whether it is translated is not known
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:10 => untouched # no rule is about it
+			out tcp uid=1 127.0.0.1:4000 > 127.0.0.1:11 => untouched # eleven
+			out tcp uid=1 10.0.0.7:4000 > 10.0.0.9:6 => untouched # no rule is about it
+			out udp uid=1 127.0.0.1:4000 > 127.0.0.1:6 => untouched # no rule is about it`},
+		{"interfaces where a hook has none", `*mangle
+			:PREROUTING ACCEPT [0:0]
+			:POSTROUTING ACCEPT [0:0]
+			:SHARED - [0:0]
+			:LATE - [0:0]
+			-A PREROUTING -p tcp -j SHARED
+			-A POSTROUTING -p udp -j LATE
+			-A SHARED -o eth1 -m comment --comment leaves -j DROP
+			-A SHARED ! -o eth1 -p tcp -m tcp --dport 1 -m comment --comment nowhere-yet -j DROP
+			-A LATE -i eth0 -m comment --comment comes -j DROP
+			-A LATE ! -i lo -p udp -m udp --dport 1 -m comment --comment not-lo -j DROP`, `
+			forwarded tcp in=eth0 out=eth1 10.0.0.9:4000 > 10.0.1.7:80 => untouched # no rule is about it
+			forwarded tcp in=eth0 out=eth1 10.0.0.9:4000 > 10.0.1.7:1 => dropped # nowhere-yet
+			forwarded udp in=eth0 out=eth1 10.0.0.9:4000 > 10.0.1.7:80 => unknown # cannot tell: rule 1 of mangle LATE names interface eth0, and through which one the packet came is not known
+			forwarded udp in=eth2 out=eth1 10.0.0.9:4000 > 10.0.1.7:1 => dropped # not-lo
+			out udp uid=1 out=eth1 10.0.0.7:4000 > 10.0.1.7:80 => untouched # no rule is about it
+			out udp uid=1 out=eth1 10.0.0.7:4000 > 10.0.1.7:1 => dropped # not-lo`},
+		{"a mark out of a set", `*mangle
+			:PREROUTING ACCEPT [0:0]
+			-A PREROUTING -p tcp -j SET --add-set seen src
+			-A PREROUTING -p udp -j SET --map-set marks src --map-mark
+			COMMIT
+			*filter
+			:INPUT ACCEPT [0:0]
+			-A INPUT -m mark --mark 0x1 -j DROP`, `
+			in tcp 10.0.0.9:4000 > 10.0.0.7:1 => untouched # no rule is about it
+			in udp 10.0.0.9:4000 > 10.0.0.7:1 => unknown # cannot tell: rule 1 of filter INPUT looks for the mark 0x1, and the packet's is not known`},
 		{"mangle", `*mangle
 			:PREROUTING ACCEPT [0:0]
 			:POSTROUTING ACCEPT [0:0]

@@ -46,13 +46,18 @@ type NFTBase struct {
 	Chain string
 	Hook  string // PREROUTING, INPUT, ..., INGRESS, EGRESS; "?" for one not known here
 	Type  string // filter, nat or route
-	Drops bool   // whether its policy is drop
+	// Priority is its place among the chains of the hook, lowest first.
+	Priority int32
+	Drops    bool // whether its policy is drop
 }
 
 // Route is a way out of this host.
 type Route struct {
 	Interface string
 	Source    netip.Addr
+	// Local is whether the address is this host's: a local route can say so, of an
+	// address that no interface has.
+	Local bool
 }
 
 // HeldError says that somebody else has a lock.

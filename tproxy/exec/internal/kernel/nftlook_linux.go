@@ -14,6 +14,7 @@ const (
 	nftaChainPolicy = 5
 	nftaChainType   = 7
 	nftaHookNumber  = 1
+	nftaHookPrio    = 2
 
 	nftaRuleChain       = 2
 	nftaRuleExpressions = 4
@@ -64,8 +65,11 @@ func NFTBases() ([]NFTBase, error) {
 			case nftaChainHook:
 				b.Hook = "?"
 				for typ, value := range attrs(value, 0) {
-					if n, ok := number(value); ok && typ == nftaHookNumber && int(n) < len(hooks) {
+					switch n, ok := number(value); {
+					case ok && typ == nftaHookNumber && int(n) < len(hooks):
 						b.Hook = hooks[n]
+					case ok && typ == nftaHookPrio:
+						b.Priority = int32(n)
 					}
 				}
 			}

@@ -31,10 +31,10 @@ func TestNFTBases(t *testing.T) {
 			}
 			`, "nft", "-f", "-")
 		want := []NFTBase{
-			{NFTTable{"inet", "firewalld"}, "pre", "PREROUTING", "filter", false},
-			{NFTTable{"inet", "firewalld"}, "in", "INPUT", "filter", true},
-			{NFTTable{"ip", "mine"}, "out", "OUTPUT", "nat", false},
-			{NFTTable{"netdev", "shield"}, "early", "INGRESS", "filter", false},
+			{NFTTable{"inet", "firewalld"}, "pre", "PREROUTING", "filter", -10, false},
+			{NFTTable{"inet", "firewalld"}, "in", "INPUT", "filter", 0, true},
+			{NFTTable{"ip", "mine"}, "out", "OUTPUT", "nat", -100, false},
+			{NFTTable{"netdev", "shield"}, "early", "INGRESS", "filter", 0, false},
 		}
 		got, err := NFTBases()
 		byName := func(a, b NFTBase) int { return strings.Compare(a.Table.Name+a.Chain, b.Table.Name+b.Chain) }
@@ -119,10 +119,11 @@ func TestRouteTo(t *testing.T) {
 		if r, err := RouteTo(away); err != nil || r != (Route{}) {
 			t.Errorf("nowhere: %v, %v", r, err)
 		}
-		run(t, "link set lo up\nlink add eth7 type veth peer name peer7\naddress add 10.0.0.7/24 dev eth7\nlink set eth7 up\nlink set peer7 up\n", "ip", "-batch", "-")
+		run(t, "link set lo up\nlink add eth7 type veth peer name peer7\naddress add 10.0.0.7/24 dev eth7\nlink set eth7 up\nlink set peer7 up\nroute add local 192.0.2.0/24 dev eth7\n", "ip", "-batch", "-")
 		for addr, want := range map[string]Route{
-			"10.0.0.9":  {"eth7", netip.MustParseAddr("10.0.0.7")},
-			"127.0.0.1": {"lo", netip.MustParseAddr("127.0.0.1")},
+			"10.0.0.9":  {"eth7", netip.MustParseAddr("10.0.0.7"), false},
+			"127.0.0.1": {"lo", netip.MustParseAddr("127.0.0.1"), true},
+			"192.0.2.9": {"lo", netip.MustParseAddr("192.0.2.9"), true},
 			"10.0.1.9":  {},
 		} {
 			if r, err := RouteTo(netip.MustParseAddr(addr)); err != nil || r != want {

@@ -30,6 +30,8 @@ func RouteTo(addr netip.Addr) (Route, error) {
 	var r Route
 	var index uint32
 	_, err = n.receive(func(body []byte) bool {
+		const rtmType = 7 // of struct rtmsg, linux/rtnetlink.h
+		r.Local = len(body) > rtmType && body[rtmType] == syscall.RTN_LOCAL
 		for typ, value := range attrs(body, syscall.SizeofRtMsg) {
 			switch {
 			case typ == syscall.RTA_OIF && len(value) == 4:
