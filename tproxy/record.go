@@ -46,12 +46,12 @@ const (
 	// without any comment of its kind, as --disable-comments would leave them.
 	recordMark    = commentPrefix + "kuma-tproxy "
 	recordFormat  = "1"
-	recordAddress = "passthrough-address=ours"
+	recordAddress = "::6=ours"
 
 	// chunk is how much of a record one comment holds, in bytes: with the mark, the
 	// format and the number it stays below the 128 that nftables takes in a comment
 	// (NFTNL_UDATA_COMMENT_MAXLEN), and the 255 of iptables.
-	chunk = 72
+	chunk = 76
 )
 
 // unrecorded are the keys that are about a run, and not about what is installed.

@@ -132,7 +132,7 @@ func TestRecordThatCannotBeRead(t *testing.T) {
 			return l
 		}, `has the format "2" of another version: this one reads 1`, true},
 		"cut off": {func(l []rules.Rule) []rules.Rule {
-			l[0].Why = "kuma/mesh/transparent/proxy/kuma-tproxy 1 1/1 passthrough-address=ours"
+			l[0].Why = "kuma/mesh/transparent/proxy/kuma-tproxy 1 1/1 ::6=ours"
 			return l[:1]
 		}, "is cut off", true},
 		"no record": {func([]rules.Rule) []rules.Rule { return nil }, "no record", false},
