@@ -84,8 +84,14 @@ type walker struct {
 	dnat, snat truth // whether conntrack has its destination, or its source, changed
 	anywhere   bool  // whether REDIRECT chose a destination that the walk does not know
 	anyone     bool  // whether nat POSTROUTING may have given it another source
+	met        int   // how many rules it has met
 	trace      *Trace
 }
+
+// mostRules is how many rules a packet may meet: chains of which each jumps twice to
+// the next make 2^n ways of n chains, and a saved file may hold any. A host with that
+// many rules on one way does not answer any more.
+const mostRules = 1 << 18
 
 // end is how a chain was left.
 type end uint8
@@ -306,6 +312,10 @@ func (w *walker) step(t rules.Table, chain string, i int, r *rules.Rule, matched
 func (w *walker) chain(t rules.Table, name string, list []rules.Rule, depth int) end {
 	for i := range list {
 		r := &list[i]
+		if w.met++; w.met > mostRules {
+			w.because("cannot tell: the packet has met %d rules, the last one in %s %s, and that is enough", mostRules, t, name)
+			return unknown
+		}
 		holds, culprit := w.meets(r)
 		switch holds {
 		case no:
@@ -493,6 +503,9 @@ func (w *walker) same(t rules.Table, a rules.Action, depth int) bool {
 			return false
 		}
 		for _, r := range c.Rules {
+			if w.met++; w.met > mostRules {
+				return false
+			}
 			// Behind a RETURN, as in front of it, nothing is done.
 			if _, back := r.Action.(rules.Return); !back && !w.same(t, r.Action, depth+1) {
 				return false

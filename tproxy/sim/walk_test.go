@@ -418,3 +418,27 @@ nat PREROUTING #2, nat OURS #1: SSH => untouched
 		t.Errorf("%v, %t", step, ok)
 	}
 }
+
+// Thirty chains of which each jumps twice to the next are a billion ways: the walk
+// gives up, and says so.
+func TestWalkEnds(t *testing.T) {
+	for _, match := range []string{"", "-m bpf --bytecode \"1,6 0 0 1\" "} {
+		var b strings.Builder
+		b.WriteString("*filter\n:INPUT ACCEPT [0:0]\n")
+		for i := range 31 {
+			fmt.Fprintf(&b, ":C%d - [0:0]\n", i)
+		}
+		fmt.Fprintf(&b, "-A INPUT %s-j C0\n", match)
+		for i := range 30 {
+			fmt.Fprintf(&b, "-A C%d -j C%[2]d\n-A C%[1]d -j C%[2]d\n", i, i+1)
+		}
+		set, err := rules.ParseFile(rules.IPv4, []byte(b.String()+"COMMIT\n"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		trace := sim.Walk(set, sim.EnvOf(netip.MustParseAddr("10.0.0.7")), sim.MustPacket("in tcp 10.0.0.9:4000 > 10.0.0.7:80"))
+		if trace.Kind != sim.Unknown || !strings.Contains(trace.Reason, "cannot tell") {
+			t.Errorf("%s: %s", trace.Verdict, trace.Reason)
+		}
+	}
+}
