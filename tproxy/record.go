@@ -366,3 +366,38 @@ func (r Record) String() string {
 	}
 	return "version " + strconv.Quote(r.Version)
 }
+
+// ConfigChange is a key of the configuration that has another value in another Config.
+type ConfigChange struct {
+	Path    string // such as redirect.inbound.port
+	Was, Is string // as JSON
+}
+
+func (c ConfigChange) String() string { return fmt.Sprintf("%s: %s, was %s", c.Path, c.Is, c.Was) }
+
+// ConfigChanges lists what differs in Config now from what it was, in the order of the
+// keys. What is about a run alone, such as the wait for a lock, is left out. Both have
+// to be valid; those of a Plan and of Installed compare with each other.
+func ConfigChanges(was, now Config) (out []ConfigChange) {
+	a, err := was.values()
+	b, err2 := now.values()
+	if err != nil || err2 != nil {
+		return nil
+	}
+	for i, k := range keys {
+		if slices.Contains(unrecorded, k.path) || string(a[i]) == string(b[i]) {
+			continue
+		}
+		c := ConfigChange{k.path, k.standard, k.standard}
+		if a[i] != nil {
+			c.Was = string(a[i])
+		}
+		if b[i] != nil {
+			c.Is = string(b[i])
+		}
+		if c.Was != c.Is {
+			out = append(out, c)
+		}
+	}
+	return out
+}

@@ -31,7 +31,7 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 	if err := s.m.privileged(); err != nil {
 		return nil, err
 	}
-	t := &transaction{session: s, report: &Report{Backend: p.Backend, Why: p.BackendWhy}}
+	t := &transaction{session: s, report: &Report{Backend: p.Backend, Why: p.BackendWhy}, bare: p.Config.DisableComments}
 	err = t.execute(ctx, slices.Contains(p.Families, rules.IPv6), func() ([]job, error) { return t.applyJobs(p) })
 	if err != nil {
 		return nil, err
@@ -150,6 +150,7 @@ type transaction struct {
 	*session
 	report *Report
 	dryRun bool
+	bare   bool // whether the record may do without comments
 	undo   []undo
 	jobs   []job
 }
@@ -188,14 +189,43 @@ func (t *transaction) execute(ctx context.Context, ipv6 bool, find func() ([]job
 		jobs[i].before = l
 		was, _ := tproxy.ReadRecord(l.Ours) // of one that cannot be read, what could be
 		rec.PassthroughAddressOurs = rec.PassthroughAddressOurs || was.PassthroughAddressOurs
+		rec.Bare = rec.Bare || t.bare && was.Bare // there were no comments then either
 		if len(l.Kuma) > 0 && jobs[i].family == rules.IPv6 {
 			// Kuma's installer adds ::6 wherever it has rules for IPv6, and leaves it.
 			rec.PassthroughAddressOurs = true
 		}
 	}
-	t.jobs = jobs
-	if err := t.write(ctx, jobs, rec, ipv6); err != nil {
+	t.jobs, t.report.Before = jobs, installation(jobs)
+	err = t.write(ctx, jobs, rec, ipv6)
+	if err != nil && t.bare && lacksComments(err) {
+		// Comments are off, but for the record.
+		if err = t.again(ctx, err, jobs); err == nil {
+			rec.Bare = true
+			t.report.Notes = append(t.report.Notes, "the kernel has no comments (xt_comment): the rules hold no record of the version and the configuration")
+			err = t.write(ctx, jobs, rec, ipv6)
+		}
+	}
+	if err != nil {
 		return t.rollback(ctx, err)
+	}
+	return nil
+}
+
+// again takes back what was done and reads the rules anew, for another try. The error
+// is that of the first one, if that is impossible.
+func (t *transaction) again(ctx context.Context, failed error, jobs []job) error {
+	e, ok := errors.AsType[*ApplyError](t.rollback(ctx, failed))
+	if !ok || len(e.Left) > 0 {
+		t.undo = nil
+		return failed
+	}
+	t.undo, t.report.Steps, t.report.Families, t.report.Changed = nil, nil, nil, false
+	for i := range jobs {
+		l, err := t.save(ctx, jobs[i].variant, jobs[i].family)
+		if err != nil {
+			return failed
+		}
+		jobs[i].before = l
 	}
 	return nil
 }

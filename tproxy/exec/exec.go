@@ -51,6 +51,8 @@ type Report struct {
 	// Backend holds the rules now, for the reason Why. For Remove it is Auto.
 	Backend tproxy.Backend
 	Why     string
+	// Before is what was installed before; nil where nothing was.
+	Before *Installation
 	// Families says what was done for each family, in order.
 	Families []FamilyReport
 	// Steps are those that did something, in order, as text.

@@ -208,6 +208,13 @@ func remedyFor(b tproxy.Backend, e *ApplyError, script []byte) string {
 	return "one of these modules is missing; to load them: modprobe -a " + strings.Join(all, " ")
 }
 
+// lacksComments reports whether a restore failed because the kernel, or iptables, has
+// no comments.
+func lacksComments(err error) bool {
+	e, ok := errors.AsType[*ApplyError](err)
+	return ok && errors.Is(err, ErrNoModule) && strings.HasPrefix(e.Remedy, "modprobe xt_comment")
+}
+
 // version says which iptables failed, and what it is too old for. It costs a
 // process, which a failure is worth.
 func (s *session) version(path string, f rules.Family, b tproxy.Backend) string {
