@@ -104,6 +104,7 @@ const (
 	chainZone      = "KUMA_MESH_DNS_ZONE"
 	chainZoneQuery = "KUMA_MESH_DNS_ZONE_QUERY"
 	chainRecord    = "KUMA_MESH_RECORD"
+	chainDrain     = "KUMA_MESH_DRAIN"
 )
 
 // The jumps of ours, which are the same for every Config.
@@ -150,8 +151,27 @@ func Known() rules.Set {
 			{Table: rules.NAT, Name: chainLoopback},
 			{Table: rules.NAT, Name: chainDNS},
 			{Table: rules.NAT, Name: chainRecord},
+			{Table: rules.NAT, Name: chainDrain},
 			{Table: rules.Raw, Name: chainZone},
 			{Table: rules.Raw, Name: chainZoneQuery},
 		},
 	}
+}
+
+// Draining returns the rules that stand while an uninstall waits: none that redirects,
+// and one that nothing leads to and that holds conntrack, with which the kernel would
+// let go of the connections that are redirected. The record stays; where there is none,
+// rec says at least whose ::6 is.
+func Draining(ours rules.Set, rec Record) rules.Set {
+	out := rules.Set{Only: ours.Only, Chains: []rules.Chain{{
+		Table: rules.NAT, Name: chainDrain,
+		Rules: []rules.Rule{rule("connections that are redirected may end", rules.Redirect{Port: 1}, rules.TCP)},
+	}}}
+	c, ok := ours.Chain(rules.NAT, chainRecord)
+	if !ok {
+		rec.Bare = true
+		c = rules.Chain{Table: rules.NAT, Name: chainRecord, Rules: rec.rules()}
+	}
+	out.Chains = append(out.Chains, c)
+	return out
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
@@ -49,6 +50,10 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 // (tproxy.Find): chains by their names, jumps by their exact rule, the address ::6
 // if the record says that we made it, or Kuma's installer did. What is not ours
 // stays as it is. With nothing of ours there, nothing is written.
+//
+// Connections that are redirected live on only where o.Drain lets them, or where
+// rules of others hold conntrack; Report.Cut counts those that do not. A context that
+// is cancelled during a drain puts the rules back.
 func (r *Runner) Remove(ctx context.Context, o RemoveOptions) (*Report, error) {
 	s, err := r.session()
 	if err != nil {
@@ -61,12 +66,15 @@ func (r *Runner) Remove(ctx context.Context, o RemoveOptions) (*Report, error) {
 	if err := s.m.privileged(); err != nil {
 		return nil, err
 	}
-	t := &transaction{session: s, report: &Report{}, dryRun: o.DryRun}
+	t := &transaction{session: s, report: &Report{}, dryRun: o.DryRun, removes: true, drainFor: o.Drain}
 	err = t.execute(ctx, false, func() ([]job, error) {
 		return t.removals(s.variants(ctx), func(tproxy.Backend, rules.Family) bool { return true })
 	})
 	if err != nil {
 		return nil, err
+	}
+	if t.drained != nil {
+		t.report.Families = t.drained
 	}
 	done := "taken out"
 	if o.DryRun {
@@ -84,7 +92,8 @@ type job struct {
 	family  rules.Family
 	want    func(tproxy.Record) rules.Set
 
-	before live // read before anything was written
+	before live     // read before anything was written, or after a drain
+	ports  []uint16 // to which what stood there before a drain redirected
 }
 
 func nothing(tproxy.Record) rules.Set { return rules.Set{} }
@@ -153,6 +162,10 @@ type transaction struct {
 	bare   bool // whether the record may do without comments
 	undo   []undo
 	jobs   []job
+
+	removes  bool // everything goes
+	drainFor time.Duration
+	drained  []FamilyReport // what a drain took out
 }
 
 // undo takes back one step; did is whether there was anything to take back.
@@ -196,6 +209,12 @@ func (t *transaction) execute(ctx context.Context, ipv6 bool, find func() ([]job
 		}
 	}
 	t.jobs, t.report.Before = jobs, installation(jobs)
+	if err = t.drain(ctx, jobs, rec); err != nil {
+		return t.rollback(ctx, err)
+	}
+	if t.removes {
+		t.cut(jobs)
+	}
 	err = t.write(ctx, jobs, rec, ipv6)
 	if err != nil && t.bare && lacksComments(err) {
 		// Comments are off, but for the record.

@@ -57,6 +57,10 @@ type Report struct {
 	Families []FamilyReport
 	// Steps are those that did something, in order, as text.
 	Steps []string
+	// Cut is how many redirected connections a removal cut, or would cut: with the last
+	// rule for it, the kernel lets go of conntrack. It is 0 where rules of others hold
+	// it.
+	Cut int
 	// Retries is how often a step was tried again: others held the xtables lock or
 	// changed their rules, or the kernel was busy.
 	Retries int
@@ -83,6 +87,10 @@ type FamilyReport struct {
 type RemoveOptions struct {
 	// DryRun only says what would be done: nothing is written.
 	DryRun bool
+	// Drain is how long connections that are redirected may go on, while new ones
+	// already go direct; 0 cuts them at once. With all of them ended, Remove does not
+	// wait any longer. Other runs in this network namespace wait meanwhile.
+	Drain time.Duration
 	// Wait, WaitInterval, MaxRetries and SleepBetweenRetries are those of
 	// tproxy.Config.
 	Wait, WaitInterval  time.Duration

@@ -37,8 +37,10 @@ type fakeMachine struct {
 	routes    map[netip.Addr]kernel.Route
 	local     []netip.Prefix
 	held      bool
-	dead      bool   // nothing more can be written
-	onLock    func() // what happens while we wait for the lock
+	// connections is how many redirected ones there are at each look, per family.
+	connections func() int
+	dead        bool   // nothing more can be written
+	onLock      func() // what happens while we wait for the lock
 
 	commands []command
 	writes   int // restores that were started, addresses changed
@@ -185,6 +187,13 @@ func (m *fakeMachine) native(f rules.Family, t rules.Table) ([]string, error) {
 }
 
 func (m *fakeMachine) routeTo(a netip.Addr) (kernel.Route, error) { return m.routes[a], nil }
+
+func (m *fakeMachine) redirected(rules.Family, []uint16) (int, error) {
+	if m.connections == nil {
+		return 0, nil
+	}
+	return m.connections(), nil
+}
 
 func (m *fakeMachine) ipv6Off() (bool, string, error) { return m.noIPv6 != "", m.noIPv6, nil }
 

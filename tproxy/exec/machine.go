@@ -68,6 +68,9 @@ type machine interface {
 	delAddress(netip.Prefix) (bool, error)
 	localAddresses() ([]netip.Prefix, error)
 	routeTo(netip.Addr) (kernel.Route, error)
+	// redirected counts the live TCP connections that were redirected to one of the
+	// ports.
+	redirected(f rules.Family, ports []uint16) (int, error)
 
 	// lock keeps two runs in one network namespace apart.
 	lock(ctx context.Context, wait time.Duration) (lock, error)
@@ -234,6 +237,10 @@ func (system) bases() ([]kernel.NFTBase, error) {
 
 func (system) native(f rules.Family, t rules.Table) ([]string, error) {
 	return kernel.NFTNative(nftFamily(f), string(t))
+}
+
+func (system) redirected(f rules.Family, ports []uint16) (int, error) {
+	return kernel.Redirected(kernel.Family(f), ports...)
 }
 
 func (system) routeTo(a netip.Addr) (kernel.Route, error) { return kernel.RouteTo(a) }

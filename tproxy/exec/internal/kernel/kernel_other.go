@@ -31,6 +31,9 @@ func NFTBases() ([]NFTBase, error) { return nil, errors.ErrUnsupported }
 // NFTNative is for Linux.
 func NFTNative(family, table string) ([]string, error) { return nil, errors.ErrUnsupported }
 
+// Redirected is for Linux.
+func Redirected(Family, ...uint16) (int, error) { return 0, errors.ErrUnsupported }
+
 // RouteTo is for Linux.
 func RouteTo(netip.Addr) (Route, error) { return Route{}, errors.ErrUnsupported }
 

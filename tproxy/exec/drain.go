@@ -1,0 +1,153 @@
+package exec
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// drainPause is how long a drain waits between two looks at the connections.
+const drainPause = 100 * time.Millisecond
+
+// drain leaves no rule that redirects, and waits until the connections that were
+// redirected have ended, or until the time is over. Conntrack stays, and with it they.
+func (t *transaction) drain(ctx context.Context, jobs []job, rec tproxy.Record) error {
+	if t.drainFor <= 0 || t.dryRun {
+		return nil
+	}
+	for i := range jobs {
+		j := jobs[i] // the undo is about what stood there before the drain
+		j.step = fmt.Sprintf("no new %s connection is redirected by %s", j.family, j.variant.Backend)
+		if len(redirectPorts(j.before)) == 0 {
+			continue
+		}
+		if err := t.replace(ctx, &j, tproxy.Draining(j.before.Ours, rec)); err != nil {
+			return err
+		}
+	}
+	t.drained, t.report.Families = t.report.Families, nil
+	for i := range t.drained {
+		d := &t.drained[i]
+		k := slices.IndexFunc(jobs, func(j job) bool { return j.family == d.Family && j.variant.Backend == d.Backend })
+		d.Changes = rules.Compare(d.Family, jobs[k].before.Ours, rules.Set{})
+	}
+	for end := time.Now().Add(t.drainFor); ; {
+		n, err := t.redirected(jobs)
+		if err != nil {
+			return &ApplyError{Step: "counting connections that are redirected", Err: err, Remedy: "leave out --drain"}
+		}
+		left := time.Until(end)
+		t.log.Debug("draining", "connections", n, "left", left)
+		if n == 0 || left <= 0 {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(min(left, drainPause)):
+		}
+	}
+	for i := range jobs {
+		l, err := t.save(ctx, jobs[i].variant, jobs[i].family)
+		if err != nil {
+			return err
+		}
+		jobs[i].ports = redirectPorts(jobs[i].before)
+		jobs[i].before = l
+	}
+	return nil
+}
+
+// redirected counts the live connections that the rules of the jobs redirected.
+func (t *transaction) redirected(jobs []job) (sum int, err error) {
+	for _, f := range rules.Families() {
+		var ports []uint16
+		for _, j := range jobs {
+			if j.family == f {
+				ports = append(append(ports, j.ports...), redirectPorts(j.before)...)
+			}
+		}
+		if len(ports) == 0 {
+			continue
+		}
+		n, err := t.m.redirected(f, ports)
+		if err != nil {
+			return 0, err
+		}
+		sum += n
+	}
+	return sum, nil
+}
+
+// redirectPorts are the ports to which what is ours redirects TCP.
+func redirectPorts(l live) (ports []uint16) {
+	for _, c := range l.Ours.Chains {
+		for _, r := range c.Rules {
+			a, ok := r.Action.(rules.Redirect)
+			if ok && a.Port > 1 && slices.Contains(r.Matches, rules.Match(rules.TCP)) && !slices.Contains(ports, a.Port) {
+				ports = append(ports, a.Port)
+			}
+		}
+	}
+	return ports
+}
+
+// cut counts the connections that go with the rules.
+func (t *transaction) cut(jobs []job) {
+	if slices.ContainsFunc(jobs, func(j job) bool { return holdsConntrack(j.before) }) {
+		return
+	}
+	n, err := t.redirected(jobs)
+	switch {
+	case err != nil:
+		t.report.Notes = append(t.report.Notes, fmt.Sprintf("how many redirected connections are cut cannot be told: %v", err))
+	case n == 0:
+	case t.dryRun:
+		t.report.Notes = append(t.report.Notes, fmt.Sprintf("%d redirected connections that live now would be cut; --drain lets them end first", n))
+	case t.drainFor > 0:
+		t.report.Notes = append(t.report.Notes, fmt.Sprintf("%d redirected connections had not ended after %s and were cut", n, t.drainFor))
+	default:
+		t.report.Notes = append(t.report.Notes, fmt.Sprintf("%d redirected connections were cut; --drain lets them end first", n))
+	}
+	t.report.Cut = n
+}
+
+// holdsConntrack reports whether a rule of others needs conntrack, so that the kernel
+// keeps it when ours are gone (nf_ct_netns_get in net/netfilter/nf_conntrack_proto.c).
+func holdsConntrack(l live) bool {
+	holds := func(list []rules.Rule) bool {
+		return slices.ContainsFunc(list, func(r rules.Rule) bool {
+			switch a := r.Action.(type) {
+			case rules.Redirect, rules.Translate, rules.CTZone, rules.NoTrack:
+				return true
+			case rules.Opaque:
+				if strings.Contains(a.Text(), "CONNMARK") {
+					return true
+				}
+			}
+			return slices.ContainsFunc(r.Matches, func(m rules.Match) bool {
+				_, state := m.(rules.CTState)
+				o, _ := m.(rules.Opaque)
+				return state || strings.HasPrefix(o.Text(), "-m conntrack ") || strings.HasPrefix(o.Text(), "-m connmark ") || strings.HasPrefix(o.Text(), "-m state ")
+			})
+		})
+	}
+	for _, c := range l.all.Bases {
+		mine, _ := l.Ours.Base(c.Table, c.Hook)
+		foreign := slices.DeleteFunc(slices.Clone(c.Rules), func(r rules.Rule) bool { return slices.ContainsFunc(mine.Rules, r.Equal) })
+		if holds(foreign) {
+			return true
+		}
+	}
+	for _, c := range l.all.Chains {
+		if _, mine := l.Ours.Chain(c.Table, c.Name); !mine && holds(c.Rules) {
+			return true
+		}
+	}
+	return false
+}
