@@ -131,26 +131,32 @@ func (r Result) Clean() bool { return r.Escaped+r.Caught+r.Broken == 0 && r.Aliv
 // held is how many connections from before stay open, in all.
 const held = 40
 
-// Under does step rounds times while the clients connect, in and out, IPv4 and IPv6,
-// and to ports that are excluded.
-func (h *Host) Under(rounds int, step func() error) (r Result, err error) {
+// redirected is how many of the streams go through the proxy; those behind are excluded.
+const redirected = 4
+
+func (h *Host) streams() []netlab.Stream {
 	in := func(to netip.Addr, port uint16) netlab.Stream {
-		return netlab.Stream{Held: held / 4, From: h.Client, To: netip.AddrPortFrom(to, port), Want: "in", Else: "app"}
+		return netlab.Stream{Held: held / redirected, From: h.Client, To: netip.AddrPortFrom(to, port), Want: "in", Else: "app"}
 	}
 	out := func(to netip.Addr, port uint16) netlab.Stream {
-		return netlab.Stream{Held: held / 4, From: h.Lab.Host, UID: appUID, To: netip.AddrPortFrom(to, port), Want: "out", Else: "remote"}
+		return netlab.Stream{Held: held / redirected, From: h.Lab.Host, UID: appUID, To: netip.AddrPortFrom(to, port), Want: "out", Else: "remote"}
 	}
 	streams := []netlab.Stream{
 		in(netlab.Host4, RedirectedIn), in(netlab.Host6, RedirectedIn), out(netlab.Internet4, RedirectedOut), out(netlab.Internet6, RedirectedOut),
 		in(netlab.Host4, ExcludedIn), out(netlab.Internet6, ExcludedOut),
 	}
-	const redirected = 4
 	for i := range streams {
 		if s := &streams[i]; i >= redirected {
 			s.Held, s.Want, s.Else = 0, s.Else, s.Want
 		}
 	}
-	load, err := h.Load(streams...)
+	return streams
+}
+
+// Under does step rounds times while the clients connect, in and out, IPv4 and IPv6,
+// and to ports that are excluded.
+func (h *Host) Under(rounds int, step func() error) (r Result, err error) {
+	load, err := h.Load(h.streams()...)
 	if err != nil {
 		return r, err
 	}
@@ -173,6 +179,18 @@ func (h *Host) Under(rounds int, step func() error) (r Result, err error) {
 			err = fmt.Errorf("to %s: no connection was right", t.To)
 		}
 	}
+	return r, err
+}
+
+// Talking does step while long-lived connections talk: what new ones meet does not
+// count.
+func (h *Host) Talking(step func() error) (r Result, err error) {
+	load, err := h.Load(h.streams()...)
+	if err != nil {
+		return r, err
+	}
+	err = step()
+	_, r.Alive, r.Held = load.Stop()
 	return r, err
 }
 
