@@ -48,17 +48,21 @@ func InstallTransparentProxy(o Options) *cobra.Command {
 		},
 	}
 	addFlags(cmd, installFlags())
+	addHidden(cmd, hiddenFlags())
 	return cmd
 }
 
 func install(cmd *cobra.Command, args []string, o Options) error {
 	p := newParser(cmd, args)
-	r := p.request()
-	runner := o.runner(cmd, r.verbose)
+	r := p.request(cmd, o)
+	p.say(cmd)
+	log := logger(cmd, r.Verbose)
+	runner := o.runner(log)
 	if err := p.err(); err != nil {
 		p.unknownUser(cmd.Context(), runner, r.config)
 		return p.err()
 	}
+	p.logSources(log, r.config)
 	if !r.modifyIPTables {
 		return r.nothing(cmd)
 	}
@@ -73,7 +77,7 @@ func install(cmd *cobra.Command, args []string, o Options) error {
 		}
 		return err
 	}
-	if r.dryRun {
+	if r.DryRun {
 		return r.printPlan(cmd.OutOrStdout(), plan)
 	}
 	report, err := runner.Apply(cmd.Context(), plan)
@@ -105,10 +109,10 @@ func justUser(c tproxy.Config) tproxy.Needs {
 // all, can be seen.
 func (r request) probe(cmd *cobra.Command, runner Runner) (tproxy.Host, error) {
 	host, err := runner.Probe(cmd.Context(), r.config.Needs())
-	if err == nil && r.dryRun {
+	if err == nil && r.DryRun {
 		host.Notes = slices.Concat(host.Notes, blindSpots(host))
 	}
-	if err == nil || !r.dryRun || !unseen(err) {
+	if err == nil || !r.DryRun || !unseen(err) {
 		return host, err
 	}
 	note := fmt.Sprintf("this machine could not be observed (%v): what follows is for a plain Linux with both families", err)
