@@ -1,13 +1,13 @@
 package cli
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
 )
@@ -79,6 +79,10 @@ func (g *loading) environment(environ []string) {
 }
 
 func (g *loading) variable(name, text string, k tproxy.Key) {
+	if !utf8.ValidString(text) {
+		g.faults = append(g.faults, tproxy.ConfigFault{Source: name, Value: short(text), What: "is not UTF-8", Accepted: "text in UTF-8"})
+		return
+	}
 	raw, err := envJSON(text, k)
 	if err != nil {
 		for line := range strings.SplitSeq(err.Error(), "\n") {
@@ -106,7 +110,6 @@ const acceptedExclusions = "proto:ports:uids, ports:uids or uids, such as tcp:22
 // the decoder refuses in the words of the key.
 func envJSON(text string, k tproxy.Key) (json.RawMessage, error) {
 	trimmed := strings.TrimSpace(text)
-	quoted, _ := json.Marshal(text) // what is not UTF-8 is refused as any other
 	switch {
 	case k.Kind == tproxy.Boolean:
 		if b, err := strconv.ParseBool(trimmed); err == nil {
@@ -125,7 +128,7 @@ func envJSON(text string, k tproxy.Key) (json.RawMessage, error) {
 		}
 		return json.Marshal(entries)
 	}
-	return bytes.Clone(quoted), nil
+	return json.Marshal(text)
 }
 
 // nearestEnv is the known variable that is most like an unknown one.

@@ -38,6 +38,7 @@ type value struct {
 	named   map[string]int // the place of each member
 	list    bool
 	items   []*value
+	bad     bool // there is a fault of it already, and nothing more to say
 }
 
 type member struct {
@@ -47,6 +48,9 @@ type member struct {
 }
 
 var null = json.RawMessage("null")
+
+// badAt stands for a value of which there is a fault.
+func badAt(line int) *value { return &value{line: line, json: null, bad: true} }
 
 // document reads a text of JSON or YAML. The faults are those of the text; what
 // its keys mean is not looked at. The value is nil for a text without any.
@@ -179,7 +183,7 @@ func (r *documentReader) readJSON(text []byte) (*value, []tproxy.ConfigFault) {
 		token, err := d.Token()
 		v := &value{line: at()}
 		if err != nil || !r.enter(v.line, depth, path, "") {
-			return &value{line: v.line, json: null}
+			return badAt(v.line)
 		}
 		switch token {
 		case json.Delim('{'):
@@ -238,10 +242,15 @@ func (r *documentReader) notYAML(text []byte, err error) {
 		what = m[2]
 		if n, err := strconv.Atoi(m[1]); err == nil {
 			line = n
+			// Errors of its parser count lines from 0 (parser.fail in decode.go).
+			if strings.HasPrefix(what, "did not find expected ") {
+				line++
+			}
 		}
 	}
 	lines := strings.Split(string(text), "\n")
-	value := strings.TrimSpace(lines[min(line, len(lines))-1])
+	line = min(line, len(lines)) // it can be the one behind the last
+	value := strings.TrimSpace(lines[line-1])
 	r.whole(line, value, "is no YAML ("+what+")", "YAML or JSON")
 }
 
@@ -253,14 +262,14 @@ func (r *documentReader) node(n *yaml.Node, path string, depth int) *value {
 	v := &value{line: n.Line}
 	if r.open[n] {
 		r.fault(n.Line, path, "&"+n.Anchor, "holds itself", "an alias of another value")
-		return &value{line: n.Line, json: null}
+		return badAt(n.Line)
 	}
 	if !r.enter(n.Line, depth, path, n.Value) {
-		return &value{line: n.Line, json: null}
+		return badAt(n.Line)
 	}
 	if n.Style&yaml.TaggedStyle != 0 && !slices.Contains([]string{"!!str", "!!int", "!!float", "!!bool", "!!null", "!!map", "!!seq"}, n.ShortTag()) {
 		r.fault(n.Line, path, n.Tag, "is a tag that has no meaning here", "a value without a tag")
-		return &value{line: n.Line, json: null}
+		return badAt(n.Line)
 	}
 	r.open[n] = true
 	defer delete(r.open, n)
@@ -316,7 +325,7 @@ func (r *documentReader) merge(v *value, n *yaml.Node, path string, depth int) {
 		m := r.node(n, path, depth+1)
 		switch {
 		case m.object:
-		case string(m.json) == "null" && r.faults != nil: // said already
+		case m.bad:
 			continue
 		default:
 			r.fault(n.Line, joined(path, "<<"), m.quoted(), "is no object", "an alias of an object, or a list of them")
@@ -355,6 +364,7 @@ func (r *documentReader) scalar(v *value, n *yaml.Node, path string) {
 		if b := oldBoolean(n.Value); b != nil {
 			v.json = b
 		} else {
+			v.bad = true
 			r.fault(n.Line, path, n.Value, "is no boolean", "true or false")
 		}
 	case "!!int", "!!float":
@@ -363,6 +373,7 @@ func (r *documentReader) scalar(v *value, n *yaml.Node, path string) {
 		if decimal.MatchString(n.Value) {
 			v.json = json.RawMessage(n.Value)
 		} else {
+			v.bad = true
 			r.fault(n.Line, path, n.Value, "is not written as a whole number", "decimal digits without a zero in front, or text in quotes")
 		}
 	default:
@@ -390,19 +401,29 @@ func (v *value) encode(b *bytes.Buffer, path string, booleans map[string]bool) {
 		}
 		b.WriteByte('}')
 	case v.list:
-		b.WriteByte('[')
-		for i, item := range v.items {
-			if i > 0 {
-				b.WriteByte(',')
-			}
-			item.encode(b, path, nil)
-		}
-		b.WriteByte(']')
+		v.encodeList(b, path)
 	case v.old != nil && booleans[path]:
 		b.Write(v.old)
 	default:
 		b.Write(v.json)
 	}
+}
+
+// encodeList leaves out entries of which there is a fault already.
+func (v *value) encodeList(b *bytes.Buffer, path string) {
+	good := slices.DeleteFunc(slices.Clone(v.items), func(item *value) bool { return item.bad })
+	if len(good) == 0 && len(v.items) > 0 {
+		b.Write(null)
+		return
+	}
+	b.WriteByte('[')
+	for i, item := range good {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		item.encode(b, path, nil)
+	}
+	b.WriteByte(']')
 }
 
 // lines is where each path of the document stands: a key's line, and the value.
