@@ -74,23 +74,22 @@ type loading struct {
 	unknown  bool // whether keys may be
 	layer    int
 	leaves   map[string]leaf
-	faults   []tproxy.ConfigFault
-	early    []early
+	faults   []layered
 	warnings []tproxy.ConfigFault
 }
 
-// early is a fault of a value whose feature is not built yet: it is none where a
-// later layer has another value.
-type early struct {
-	fault tproxy.ConfigFault
-	path  string // of the key
+// layered is a fault of a value of a layer. One of a value whose feature is not
+// built yet is none where a later layer has another value.
+type layered struct {
+	tproxy.ConfigFault
+	key   string
 	layer int
 }
 
 // load reads the sources and the environment. Keys in over have a value elsewhere,
 // which wins; one without is at its default.
 func (l Loader) load(sources []Source, faults []tproxy.ConfigFault, over map[string]leaf) (*Loaded, error) {
-	g := &loading{unknown: l.AllowUnknown, leaves: map[string]leaf{}, faults: faults}
+	g := &loading{unknown: l.AllowUnknown, leaves: map[string]leaf{}}
 	for _, s := range sources {
 		g.layer++
 		g.source(s)
@@ -102,13 +101,13 @@ func (l Loader) load(sources []Source, faults []tproxy.ConfigFault, over map[str
 		v.layer = g.layer
 		g.leaves[path] = v
 	}
-	for _, f := range g.early {
-		if g.leaves[f.path].layer <= f.layer {
-			g.faults = append(g.faults, f.fault)
+	for _, f := range g.faults {
+		if !f.NotYet || g.leaves[f.key].layer <= f.layer {
+			faults = append(faults, f.ConfigFault)
 		}
 	}
-	if g.faults != nil {
-		return nil, &tproxy.ConfigError{Faults: g.faults}
+	if faults != nil {
+		return nil, &tproxy.ConfigError{Faults: faults}
 	}
 	out := &Loaded{From: map[string]string{}}
 	for path, v := range g.leaves {
@@ -135,18 +134,16 @@ func located(faults []tproxy.ConfigFault, from map[string]string) []tproxy.Confi
 	return faults
 }
 
-func (g *loading) fault(f tproxy.ConfigFault, path string) {
-	if f.NotYet {
-		g.early = append(g.early, early{f, path, g.layer})
-		return
-	}
-	g.faults = append(g.faults, f)
+func (g *loading) fault(f tproxy.ConfigFault, key string) {
+	g.faults = append(g.faults, layered{f, key, g.layer})
 }
 
 // source reads a text.
 func (g *loading) source(s Source) {
 	v, faults := document(s.Name, s.Text)
-	g.faults = append(g.faults, faults...)
+	for _, f := range faults {
+		g.fault(f, f.Path)
+	}
 	if v == nil {
 		return
 	}
@@ -168,13 +165,14 @@ func (g *loading) source(s Source) {
 	d, err := tproxy.Decoder{AllowUnknown: g.unknown}.Decode(b.Bytes(), &scratch)
 	if e, ok := errors.AsType[*tproxy.ConfigError](err); ok {
 		for _, f := range e.Faults {
-			if f.Source = at(f.Path, f.Value); f.Path == "." {
+			key := f.Path
+			if f.Source = at(key, f.Value); key == "." {
 				f.Path = ""
 			}
-			g.fault(f, f.Path)
+			g.fault(f, key)
 		}
 	} else if err != nil {
-		g.faults = append(g.faults, tproxy.ConfigFault{Source: s.Name, Value: short(b.String()), What: "is no JSON (" + err.Error() + ")", Accepted: "YAML or JSON"})
+		g.fault(tproxy.ConfigFault{Source: s.Name, Value: short(b.String()), What: "is no JSON (" + err.Error() + ")", Accepted: "YAML or JSON"}, "")
 	}
 	for _, w := range d.Warnings {
 		if _, known := keyKinds[w.Path]; !known { // others are about all layers

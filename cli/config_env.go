@@ -71,7 +71,7 @@ func (g *loading) environment(environ []string) {
 		case known:
 			g.variable(name, v, k)
 		case chain && v != standard:
-			g.faults = append(g.faults, tproxy.ConfigFault{Source: name, Value: short(v), What: "is not supported: chains have fixed names", Accepted: "the default, " + standard})
+			g.fault(tproxy.ConfigFault{Source: name, Value: short(v), What: "is not supported: chains have fixed names", Accepted: "the default, " + standard}, "")
 		case !chain:
 			g.warnings = append(g.warnings, tproxy.ConfigFault{Source: name, Value: short(v), What: "has no effect: there is no such variable", Accepted: nearestEnv(name) + ", the nearest one"})
 		}
@@ -80,13 +80,13 @@ func (g *loading) environment(environ []string) {
 
 func (g *loading) variable(name, text string, k tproxy.Key) {
 	if !utf8.ValidString(text) {
-		g.faults = append(g.faults, tproxy.ConfigFault{Source: name, Value: short(text), What: "is not UTF-8", Accepted: "text in UTF-8"})
+		g.fault(tproxy.ConfigFault{Source: name, Value: short(text), What: "is not UTF-8", Accepted: "text in UTF-8"}, k.Path)
 		return
 	}
 	raw, err := envJSON(text, k)
 	if err != nil {
 		for line := range strings.SplitSeq(err.Error(), "\n") {
-			g.faults = append(g.faults, tproxy.ConfigFault{Source: name, Value: short(text), What: "cannot be read (" + line + ")", Accepted: acceptedExclusions})
+			g.fault(tproxy.ConfigFault{Source: name, Value: short(text), What: "cannot be read (" + line + ")", Accepted: acceptedExclusions}, k.Path)
 		}
 		return
 	}

@@ -799,13 +799,11 @@ func TestOutputLoadsBack(t *testing.T) {
 		if err := cmd.Execute(); err != nil {
 			t.Fatal(err)
 		}
-		var doc struct {
-			Config yaml.Node `yaml:"config"`
-		}
-		if err := yaml.Unmarshal(out.Bytes(), &doc); err != nil {
+		from, to := write(t, "plan", out.String()), write(t, "config", "")
+		if err := configOf(from, to); err != nil {
 			t.Fatalf("%v\n%s", err, out.String())
 		}
-		text, err := yaml.Marshal(&doc.Config)
+		text, err := os.ReadFile(to)
 		if err != nil {
 			t.Fatal(err)
 		}
