@@ -144,7 +144,7 @@ func TestBadTexts(t *testing.T) {
 					t.Errorf("\n%s\nwant\n%s", e.Faults[i], want)
 				}
 			}
-			for _, line := range strings.Split(err.Error(), "\n") {
+			for line := range strings.SplitSeq(err.Error(), "\n") {
 				if len(line) > 1200 {
 					t.Errorf("a line of %d bytes", len(line))
 				}
@@ -365,6 +365,10 @@ func TestUnknownVariables(t *testing.T) {
 		prefix + "REDIRECT_OUTBOUND_CHAIN_NAME=OUTBOUND", prefix + "WAIT=1", prefix + "WAIT=7", prefix + "WAIT_INTERVAL= "}}.Load()
 	if err != nil || l.Config.Wait != 7*time.Second || len(l.From) != 1 || len(l.Warnings) != 2 {
 		t.Fatalf("%+v, %v", l, err)
+	}
+	long, err := cli.Loader{Environ: []string{prefix + strings.Repeat("X\xff", 1<<16) + "=" + strings.Repeat("y", 1<<16)}}.Load()
+	if err != nil || len(long.Warnings) != 1 || len(long.Warnings[0].String()) > 1000 {
+		t.Errorf("%d, %v", len(long.Warnings), err)
 	}
 	if got, want := l.Warnings[1].String(), prefix+`REDIRECT_INBOND_PORT: "1" has no effect: there is no such variable: accepted is `+prefix+`REDIRECT_INBOUND_PORT, the nearest one`; got != want {
 		t.Errorf("%s", got)

@@ -73,7 +73,7 @@ func (g *loading) environment(environ []string) {
 		case chain && v != standard:
 			g.fault(tproxy.ConfigFault{Source: name, Value: short(v), What: "is not supported: chains have fixed names", Accepted: "the default, " + standard}, "")
 		case !chain:
-			g.warnings = append(g.warnings, tproxy.ConfigFault{Source: name, Value: short(v), What: "has no effect: there is no such variable", Accepted: nearestEnv(name) + ", the nearest one"})
+			g.warnings = append(g.warnings, tproxy.ConfigFault{Source: cut(name, 100), Value: short(v), What: "has no effect: there is no such variable", Accepted: nearestEnv(name) + ", the nearest one"})
 		}
 	}
 }

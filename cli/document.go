@@ -90,8 +90,9 @@ func (r *documentReader) whole(line int, value, what, accepted string) {
 }
 
 // short is a text as it stands in an error: nothing longer than a line.
-func short(s string) string {
-	const most = 60
+func short(s string) string { return cut(s, 60) }
+
+func cut(s string, most int) string {
 	if c := []rune(s); len(c) > most {
 		return string(c[:most]) + "..."
 	}

@@ -26,12 +26,16 @@ changes nothing, when another port by which this host is operated would be
 redirected; --exclude-inbound-ports leaves it alone. In a pod nothing is excluded
 unasked.
 
-Installing the same again changes nothing; other flags replace the rules in one
-step. The uninstall command of the same name puts the host back as it was.`
+Each setting is a flag, else a variable KUMA_TRANSPARENT_PROXY_*, else a key of a
+file of --config, the last file first, else its default. Files and variables are
+those of Kuma; flags of its earlier versions say what to use instead.
+
+Installing the same again changes nothing; another configuration replaces the rules
+in one step. The uninstall command of the same name puts the host back as it was.`
 
 const installExample = `  kumactl install transparent-proxy --kuma-dp-user kuma-dp
   kumactl install transparent-proxy --exclude-inbound-ports 2222,9100 --redirect-dns
-  kumactl install transparent-proxy --dry-run`
+  kumactl install transparent-proxy --config base.yaml,custom.yaml --dry-run`
 
 // InstallTransparentProxy returns the command transparent-proxy that redirects a
 // host's connections to the proxy, for mounting under an install command.

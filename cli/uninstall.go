@@ -11,7 +11,9 @@ import (
 
 const uninstallLong = `Take out whatever install put on this host, and leave all else as it is. What is
 there is found without flags: whatever user, comments or variant of iptables it
-was installed with.`
+was installed with.
+
+Each flag but --output has a variable KUMA_TRANSPARENT_PROXY_*, which it wins over.`
 
 const uninstallExample = `  kumactl uninstall transparent-proxy
   kumactl uninstall transparent-proxy --dry-run`
