@@ -1,6 +1,7 @@
 package cli_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -96,6 +97,7 @@ var badTexts = []struct {
 	{"a second document that is none", "wait: 1\n---\n[", []string{`is no YAML (`}},
 	{"not UTF-8", "wait: 1\nkumaDPUser: \"\xff\"\n", []string{`c.yaml:2: "kumaDPUser: \"\xff\"" is not UTF-8: accepted is YAML or JSON in UTF-8`}},
 	{"UTF-16", "\xff\xfew\x00a\x00", []string{`c.yaml:1: "\xff\xfew\x00a\x00" is not UTF-8: accepted is YAML or JSON in UTF-8`}},
+	{"another YAML", "%YAML 1.2\n---\nwait: 7\n", []string{`c.yaml:1: "%YAML 1.2" is no YAML (found incompatible YAML document)`}}, // as in Kuma
 	{"binary", "\x00\x01\x02", []string{`c.yaml:1: "\x00\x01\x02" is no YAML (control characters are not allowed): accepted is YAML or JSON`}},
 	{"too long", "#" + strings.Repeat("x", 1<<20), []string{`c.yaml:1: "1048577 bytes" is too long: accepted is at most 1048576 bytes`}},
 	{"another tag", "wait: !!binary aGVsbG8=", []string{`c.yaml:1: wait: "!!binary" is a tag that has no meaning here: accepted is a value without a tag`}},
@@ -171,6 +173,7 @@ func TestGoodTexts(t *testing.T) {
 		"\ufeffwait: 7\n":                    wait,
 		"\ufeff{\"wait\": 7}":                wait,
 		"wait: 7\r\n":                        wait,
+		"%YAML 1.1\n---\nwait: 7\n":          wait,
 		"---\nwait: 7\n...\n":                wait,
 		"wait: 7\n---\n":                     wait,
 		"{wait: 7,}":                         wait,
@@ -244,6 +247,25 @@ func TestAllowUnknown(t *testing.T) {
 	_, err = cli.Loader{AllowUnknown: true}.LoadSources(cli.Source{Name: "c.yaml", Text: []byte(text + "wait: x\n")})
 	if err == nil || strings.Contains(err.Error(), "no key") {
 		t.Error(err)
+	}
+}
+
+// A kuma-init that is older than its control plane says what it does not know, and
+// does the rest.
+func TestAllowUnknownIsANote(t *testing.T) {
+	rec := new(recorder)
+	o := rec.options()
+	o.AllowUnknown = true
+	cmd := cli.InstallTransparentProxy(o)
+	var out, errOut bytes.Buffer
+	cmd.SetOut(&out)
+	cmd.SetErr(&errOut)
+	cmd.SetArgs([]string{"--config", write(t, "c.yaml", "wait: 7\nwaits: 8\n")})
+	if err := cmd.Execute(); err != nil || rec.plan.Config.Wait != 7*time.Second {
+		t.Fatal(err)
+	}
+	if got := errOut.String(); !strings.HasPrefix(got, "Note: ") || !strings.HasSuffix(got, `c.yaml:2: waits: "waits" is no key of the configuration: accepted is wait, the nearest one`+"\n") {
+		t.Error(got)
 	}
 }
 

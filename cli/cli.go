@@ -8,6 +8,9 @@
 // into the code to exit with. They write to the command's OutOrStdout and
 // ErrOrStderr, stop between two steps when the command's context is done, and
 // hold no state outside themselves.
+//
+// A configuration is read as Kuma's users have it, from files, from the environment
+// and from flags; [Loader] does that for a program that is no command.
 package cli
 
 import (

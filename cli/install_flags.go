@@ -137,7 +137,6 @@ func (p *parser) sleep(name string) time.Duration {
 type request struct {
 	run
 	config         tproxy.Config
-	from           map[string]string // where keys came from, but for flags
 	modifyIPTables bool
 	// modeChosen is whether somebody chose the IP family mode, so that the
 	// Dataplane should say it too.
@@ -148,7 +147,7 @@ type request struct {
 // is in p.faults.
 func (p *parser) request(cmd *cobra.Command, o Options) request {
 	loaded := p.load(Loader{AllowUnknown: o.AllowUnknown, Environ: os.Environ(), Stdin: cmd.InOrStdin()}, p.each("config"))
-	r := request{run: p.run(loaded.Settings), config: loaded.Config, from: loaded.From, modifyIPTables: p.bool("modify-iptables")}
+	r := request{run: p.run(loaded.Settings), config: loaded.Config, modifyIPTables: p.bool("modify-iptables")}
 	c := &r.config
 	set(p, "kuma-dp-user", &c.ProxyUser, func(name string) string {
 		c.ProxyUIDs = nil
@@ -163,8 +162,8 @@ func (p *parser) request(cmd *cobra.Command, o Options) request {
 	p.lock(c)
 	p.oneOf("persist", "none")
 	p.legacy(c)
-	_, r.modeChosen = r.from["ipFamilyMode"]
-	r.modeChosen = r.modeChosen || p.given("ip-family-mode")
+	_, r.modeChosen = loaded.From["ipFamilyMode"]
+	r.modeChosen = r.modeChosen || p.given("ip-family-mode") || c.IPFamilyMode != tproxy.DualStack
 	if !p.notLoaded {
 		p.validate(r.config)
 	}

@@ -20,6 +20,11 @@ const maxTries = 5
 // otherwise. What is in place already is left alone; with all of it in place
 // nothing is written and the report says so.
 //
+// A step that failed is tried again where the failure passes, as the plan's Config
+// says: somebody held the xtables lock, or the kernel was busy. With all of its
+// patience, a lock that is held for good takes a restore (MaxRetries+1) * Wait +
+// MaxRetries * SleepBetweenRetries, 33 s by default, and an undo as long.
+//
 // The context is looked at between steps only: a cancelled Apply is undone,
 // never left half.
 func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
