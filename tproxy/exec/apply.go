@@ -365,16 +365,16 @@ func tableOf(err error) rules.Table {
 
 // putBack makes what is ours in a family what it was before.
 func (t *transaction) putBack(ctx context.Context, j *job) (bool, error) {
-	now, err := t.save(ctx, j.variant, j.family)
-	if err != nil {
-		return false, err
-	}
-	script := rules.Transition(j.family, now.ours, j.before.ours)
-	if script == nil {
-		return false, nil
-	}
 	for passed := 0; ; {
-		err := t.restore(ctx, j.variant, j.family, putBackText(j), script)
+		now, err := t.save(ctx, j.variant, j.family)
+		if err != nil {
+			return false, err
+		}
+		script := rules.Transition(j.family, now.ours, j.before.ours)
+		if script == nil {
+			return passed > 0, nil
+		}
+		err = t.restore(ctx, j.variant, j.family, putBackText(j), script)
 		if err == nil || !t.pass(ctx, putBackText(j), err, &passed) {
 			return true, err
 		}
