@@ -8,6 +8,9 @@
 // into the code to exit with. They write to the command's OutOrStdout and
 // ErrOrStderr, stop between two steps when the command's context is done, and
 // hold no state outside themselves.
+//
+// A configuration is read as Kuma's users have it, from files, from the environment
+// and from flags; [Loader] does that for a program that is no command.
 package cli
 
 import (
@@ -46,16 +49,23 @@ type Options struct {
 	// Version is what Root prints for --version; empty means "unknown". The
 	// leaves do without.
 	Version string
+	// AllowUnknown makes a note of a key in a file that is not known, where a
+	// configuration can be newer than its reader: in a pod's kuma-init, for one.
+	AllowUnknown bool
 }
 
-// runner makes the Runner of a run of cmd, with a log on the command's standard
-// error: warnings, and with verbose everything.
-func (o Options) runner(cmd *cobra.Command, verbose bool) Runner {
+// logger makes the log of a run of cmd, on the command's standard error: warnings,
+// and with verbose everything.
+func logger(cmd *cobra.Command, verbose bool) *slog.Logger {
 	level := slog.LevelWarn
 	if verbose {
 		level = slog.LevelDebug
 	}
-	log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: level}))
+	return slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: level}))
+}
+
+// runner makes the Runner of a run.
+func (o Options) runner(log *slog.Logger) Runner {
 	if o.Runner != nil {
 		return o.Runner(log)
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"github.com/spf13/cobra"
+	"go.yaml.in/yaml/v3"
 
 	"github.com/kumahq/kuma-tproxy/cli"
 	"github.com/kumahq/kuma-tproxy/tproxy"
@@ -23,13 +24,37 @@ import (
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
-// TestMain lets the scripts run the test binary as two programs: kumactl, on
-// this machine, and fakectl, on one that the script's environment makes up.
+// TestMain lets the scripts run the test binary as programs: kumactl, on this
+// machine, fakectl, on one that the script's environment makes up, and configof,
+// which copies the section config of a document.
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"kumactl": func() { os.Exit(cli.ExitCode(cli.Root(cli.Options{Version: "v0-test"}).Execute())) },
 		"fakectl": func() { os.Exit(cli.ExitCode(cli.Root(cli.Options{Runner: newFake}).Execute())) },
+		"configof": func() {
+			if err := configOf(os.Args[1], os.Args[2]); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+		},
 	})
+}
+
+func configOf(from, to string) error {
+	text, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	var doc struct {
+		Config yaml.Node `yaml:"config"`
+	}
+	if err := yaml.Unmarshal(text, &doc); err != nil {
+		return err
+	}
+	if text, err = yaml.Marshal(&doc.Config); err != nil {
+		return err
+	}
+	return os.WriteFile(to, text, 0o600)
 }
 
 func TestScripts(t *testing.T) {

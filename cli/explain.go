@@ -50,6 +50,7 @@ func ExplainTransparentProxy(o Options) *cobra.Command {
 		},
 	}
 	addFlags(cmd, append(explainFlags(), installFlags()...))
+	addHidden(cmd, hiddenFlags())
 	return cmd
 }
 
@@ -87,7 +88,7 @@ type question struct {
 
 // notOfConfig are the flags of install that say nothing of the rules, and the
 // user, who is also asked for with live rules.
-var notOfConfig = []string{"kuma-dp-user", "wait", "wait-interval", "dry-run", "output", "verbose"}
+var notOfConfig = []string{"kuma-dp-user", "kuma-dp-uid", "wait", "wait-interval", "max-retries", "sleep-between-retries", "dry-run", "output", "verbose"}
 
 func (p *parser) question() (q question) {
 	q.protocol = []rules.Protocol{rules.TCP, rules.UDP}[p.oneOf("protocol", "tcp", "udp")]
@@ -109,7 +110,7 @@ func (p *parser) question() (q question) {
 		}
 	}
 	var config []string
-	for _, g := range installFlags() {
+	for _, g := range append(installFlags(), flagGroup{flags: hiddenFlags()}) {
 		for _, f := range g.flags {
 			if p.given(f.name) && !slices.Contains(notOfConfig, f.name) {
 				config = append(config, "--"+f.name)
@@ -183,8 +184,11 @@ func (q question) family() rules.Family {
 func explainPacket(cmd *cobra.Command, args []string, o Options) error {
 	p := newParser(cmd, args)
 	q := p.question()
-	r := p.request()
-	runner := o.runner(cmd, r.verbose)
+	r := p.request(cmd, o)
+	p.say(cmd)
+	log := logger(cmd, r.Verbose)
+	p.logSources(log, r.config)
+	runner := o.runner(log)
 	var g ground
 	if q.file != "" {
 		g = p.savedGround(q)
@@ -208,8 +212,8 @@ func explainPacket(cmd *cobra.Command, args []string, o Options) error {
 		return err
 	}
 	a := g.answer(packet)
-	if r.json {
-		err = writeJSON(cmd.OutOrStdout(), a)
+	if r.format != asText {
+		err = r.writeDocument(cmd.OutOrStdout(), a)
 	} else {
 		err = a.print(cmd.OutOrStdout())
 	}
@@ -263,7 +267,7 @@ func (p *parser) savedGround(q question) ground {
 // plannedGround makes the rules of an install.
 func (p *parser) plannedGround(cmd *cobra.Command, r request, runner Runner, q question) (ground, error) {
 	g := ground{what: "the rules that an install with these flags makes; they are not installed", names: []string{"install"}, known: q.local != nil}
-	r.dryRun = true
+	r.DryRun = true
 	host, err := runner.Probe(cmd.Context(), r.config.Needs())
 	if host.Notes = nil; err != nil { // the notes are for an install
 		host, err = r.probe(cmd, runner)

@@ -54,6 +54,15 @@ func (t *text) Type() string { return t.kind }
 // true.
 func (f flag) isSwitch() bool { return f.standard == "true" || f.standard == "false" }
 
+func (f flag) add(to *pflag.FlagSet) *pflag.Flag {
+	v := &text{standard: f.standard, kind: "text"}
+	pf := to.VarPF(v, f.name, "", f.usage)
+	if f.isSwitch() {
+		v.kind, pf.NoOptDefVal = "bool", "true"
+	}
+	return pf
+}
+
 // addFlags gives cmd the flags, and a help that shows them in their groups and
 // no flag of a command above it: a foreign root's flags are not ours to explain.
 func addFlags(cmd *cobra.Command, groups []flagGroup) {
@@ -62,11 +71,7 @@ func addFlags(cmd *cobra.Command, groups []flagGroup) {
 		sets[i] = pflag.NewFlagSet(g.title, pflag.ContinueOnError)
 		sets[i].SortFlags = false
 		for _, f := range g.flags {
-			v := &text{standard: f.standard, kind: "text"}
-			pf := sets[i].VarPF(v, f.name, "", f.usage)
-			if f.isSwitch() {
-				v.kind, pf.NoOptDefVal = "bool", "true"
-			}
+			f.add(sets[i])
 		}
 		cmd.Flags().AddFlagSet(sets[i])
 	}
@@ -99,19 +104,36 @@ func usageErrors(cmd *cobra.Command) {
 		if errors.Is(err, pflag.ErrHelp) {
 			return err
 		}
-		return &usageError{[]string{fmt.Sprintf("%v: see %s --help", err, cmd.CommandPath())}}
+		line := fmt.Sprintf("%v: see %s --help", err, cmd.CommandPath())
+		if e, ok := errors.AsType[*pflag.NotExistError](err); ok && e.GetSpecifiedName() == "config-file" {
+			line += "; a file of the transparent proxy's configuration is named with --config"
+		}
+		return &usageError{[]string{line}}
 	})
+}
+
+// addHidden gives cmd flags that its help does not show.
+func addHidden(cmd *cobra.Command, flags []flag) {
+	hidden := pflag.NewFlagSet("", pflag.ContinueOnError)
+	for _, f := range flags {
+		f.add(hidden).Hidden = true
+	}
+	cmd.Flags().AddFlagSet(hidden)
 }
 
 // parser reads the flags of a command and gathers what is wrong with them.
 type parser struct {
-	flags  *pflag.FlagSet
-	faults []string
+	flags     *pflag.FlagSet
+	faults    []string
+	refused   map[string]bool   // the flags whose values are not accepted
+	notes     []string          // what the user should know
+	from      map[string]string // where the values of keys come from, but for flags
+	notLoaded bool              // whether files or the environment have faults
 }
 
 // newParser begins with the arguments that are no flags: there must be none.
 func newParser(cmd *cobra.Command, args []string) *parser {
-	p := &parser{flags: cmd.Flags()}
+	p := &parser{flags: cmd.Flags(), refused: map[string]bool{}}
 	for _, a := range args {
 		line := fmt.Sprintf("argument %q: accepted are flags only", a)
 		if a == "true" || a == "false" {
@@ -136,13 +158,29 @@ func (p *parser) fault(line string) {
 	}
 }
 
+// note notes a line for the user once.
+func (p *parser) note(line string) {
+	if !slices.Contains(p.notes, line) {
+		p.notes = append(p.notes, line)
+	}
+}
+
+// say writes the notes to the command's standard error.
+func (p *parser) say(cmd *cobra.Command) {
+	for _, n := range p.notes {
+		cmd.PrintErrf("Note: %s\n", n)
+	}
+}
+
 // refuse notes that a flag's value is not accepted.
 func (p *parser) refuse(name, value, accepted string) {
+	p.refused[name] = true
 	p.fault(fmt.Sprintf("--%s: %q: accepted is %s", name, value, accepted))
 }
 
 // refuseAll notes an error that has a line for each bad part of a flag's value.
 func (p *parser) refuseAll(name string, err error) {
+	p.refused[name] = true
 	for line := range strings.SplitSeq(err.Error(), "\n") {
 		p.fault(fmt.Sprintf("--%s: %s", name, line))
 	}
@@ -169,12 +207,15 @@ func (p *parser) bool(name string) bool {
 	return b
 }
 
+func (p *parser) not(name string) bool { return !p.bool(name) }
+
 // oneOf returns the place of the flag's value among the accepted ones.
 func (p *parser) oneOf(name string, accepted ...string) int {
 	s := p.text(name)
 	i := slices.Index(accepted, s)
 	if i < 0 {
-		p.refuse(name, s, strings.Join(accepted, " or "))
+		last := len(accepted) - 1
+		p.refuse(name, s, strings.TrimPrefix(strings.Join(accepted[:last], ", ")+" or ", " or ")+accepted[last])
 	}
 	return max(i, 0)
 }

@@ -3,10 +3,13 @@ module github.com/kumahq/kuma-tproxy/cli
 go 1.26
 
 require (
+	github.com/google/go-cmp v0.7.0
 	github.com/kumahq/kuma-tproxy v0.1.0
 	github.com/rogpeppe/go-internal v1.16.0
 	github.com/spf13/cobra v1.10.2
 	github.com/spf13/pflag v1.0.9
+	go.yaml.in/yaml/v3 v3.0.6
+	pgregory.net/rapid v1.3.0
 )
 
 require (

@@ -26,12 +26,16 @@ changes nothing, when another port by which this host is operated would be
 redirected; --exclude-inbound-ports leaves it alone. In a pod nothing is excluded
 unasked.
 
-Installing the same again changes nothing; other flags replace the rules in one
-step. The uninstall command of the same name puts the host back as it was.`
+Each setting is a flag, else a variable KUMA_TRANSPARENT_PROXY_*, else a key of a
+file of --config, the last file first, else its default. Files and variables are
+those of Kuma; flags of its earlier versions say what to use instead.
+
+Installing the same again changes nothing; another configuration replaces the rules
+in one step. The uninstall command of the same name puts the host back as it was.`
 
 const installExample = `  kumactl install transparent-proxy --kuma-dp-user kuma-dp
   kumactl install transparent-proxy --exclude-inbound-ports 2222,9100 --redirect-dns
-  kumactl install transparent-proxy --dry-run`
+  kumactl install transparent-proxy --config base.yaml,custom.yaml --dry-run`
 
 // InstallTransparentProxy returns the command transparent-proxy that redirects a
 // host's connections to the proxy, for mounting under an install command.
@@ -48,17 +52,21 @@ func InstallTransparentProxy(o Options) *cobra.Command {
 		},
 	}
 	addFlags(cmd, installFlags())
+	addHidden(cmd, hiddenFlags())
 	return cmd
 }
 
 func install(cmd *cobra.Command, args []string, o Options) error {
 	p := newParser(cmd, args)
-	r := p.request()
-	runner := o.runner(cmd, r.verbose)
+	r := p.request(cmd, o)
+	p.say(cmd)
+	log := logger(cmd, r.Verbose)
+	runner := o.runner(log)
 	if err := p.err(); err != nil {
 		p.unknownUser(cmd.Context(), runner, r.config)
 		return p.err()
 	}
+	p.logSources(log, r.config)
 	if !r.modifyIPTables {
 		return r.nothing(cmd)
 	}
@@ -73,7 +81,7 @@ func install(cmd *cobra.Command, args []string, o Options) error {
 		}
 		return err
 	}
-	if r.dryRun {
+	if r.DryRun {
 		return r.printPlan(cmd.OutOrStdout(), plan)
 	}
 	report, err := runner.Apply(cmd.Context(), plan)
@@ -105,10 +113,10 @@ func justUser(c tproxy.Config) tproxy.Needs {
 // all, can be seen.
 func (r request) probe(cmd *cobra.Command, runner Runner) (tproxy.Host, error) {
 	host, err := runner.Probe(cmd.Context(), r.config.Needs())
-	if err == nil && r.dryRun {
+	if err == nil && r.DryRun {
 		host.Notes = slices.Concat(host.Notes, blindSpots(host))
 	}
-	if err == nil || !r.dryRun || !unseen(err) {
+	if err == nil || !r.DryRun || !unseen(err) {
 		return host, err
 	}
 	note := fmt.Sprintf("this machine could not be observed (%v): what follows is for a plain Linux with both families", err)

@@ -1,11 +1,17 @@
 package cli
 
 import (
+	"bytes"
+	"encoding/json"
 	"errors"
+	"log/slog"
 	"net/netip"
-	"slices"
+	"os"
+	"strconv"
 	"strings"
 	"time"
+
+	"github.com/spf13/cobra"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
@@ -14,6 +20,9 @@ import (
 // The flags of install are Kuma's, by name and default, and ours beside them.
 func installFlags() []flagGroup {
 	return []flagGroup{
+		{"The configuration", []flag{
+			{"config", "", "`file` of YAML or JSON, - for standard input, or several with commas; repeatable"},
+		}},
 		{"The proxy", []flag{
 			{"kuma-dp-user", "", "`user` that runs kuma-dp, by name or number (default UID 5678, else the user kuma-dp)"},
 		}},
@@ -36,6 +45,7 @@ func installFlags() []flagGroup {
 			{"redirect-all-dns-traffic", "false", "redirect every DNS query to the proxy, whomever it is sent to"},
 			{"redirect-dns-port", "15053", "`port` of the proxy for DNS queries"},
 			{"skip-dns-conntrack-zone-split", "false", "leave redirected queries in the default conntrack zone"},
+			{"resolv-conf", "/etc/resolv.conf", "`file` that names the nameservers for --redirect-dns"},
 		}},
 		{"The host", append([]flag{
 			{"ip-family-mode", "dualstack", "`mode`: dualstack, or ipv4 to leave IPv6 untouched"},
@@ -53,40 +63,74 @@ func lockFlags() []flag {
 	return []flag{
 		{"wait", "5", "`seconds` to wait for the xtables lock; 0 does not wait"},
 		{"wait-interval", "0", "`microseconds` between two tries for the lock; 0 leaves it to iptables"},
+		{"max-retries", "4", "`times` to try again when the lock was not had or the kernel was busy"},
+		{"sleep-between-retries", "2s", "`duration` to sleep before trying again"},
 	}
 }
 
 func runFlags() []flag {
 	return []flag{
 		{"dry-run", "false", "print what would be done and write nothing; works without root and anywhere"},
-		{"output", "text", "`format`: text or json"},
+		{"output", "text", "`format`: text, json or yaml"},
 		{"verbose", "false", "log every step to standard error"},
 	}
 }
 
-// run is what install and uninstall have in common.
+// run is what install, uninstall and explain have in common.
 type run struct {
-	dryRun, json, verbose bool
-	wait, waitInterval    time.Duration
+	tproxy.Settings
+	format format
 }
 
-func (p *parser) run() run {
-	return run{
-		dryRun:       p.bool("dry-run"),
-		json:         p.oneOf("output", "text", "json") == 1,
-		verbose:      p.bool("verbose"),
-		wait:         p.wait(),
-		waitInterval: time.Duration(p.number("wait-interval", 999999, "microseconds from 0 to 999999")) * time.Microsecond,
+// run reads the flags of a run over the settings of files and the environment.
+func (p *parser) run(s tproxy.Settings) run {
+	r := run{s, []format{asText, asJSON, asYAML}[p.oneOf("output", "text", "json", "yaml")]}
+	set(p, "dry-run", &r.DryRun, p.bool)
+	set(p, "verbose", &r.Verbose, p.bool)
+	return r
+}
+
+// set sets a field to the value of a flag, where the flag is given.
+func set[T any](p *parser, name string, field *T, read func(name string) T) {
+	if p.given(name) {
+		*field = read(name)
 	}
 }
 
+// lock reads the flags about the lock of iptables.
+func (p *parser) lock(c *tproxy.Config) {
+	set(p, "wait", &c.Wait, p.wait)
+	set(p, "wait-interval", &c.WaitInterval, func(name string) time.Duration {
+		return time.Duration(p.number(name, 999999, "microseconds from 0 to 999999")) * time.Microsecond
+	})
+	set(p, "max-retries", &c.MaxRetries, func(name string) int {
+		if n := p.number(name, 1000, "a number from 0, which does not try again, to 1000"); n > 0 {
+			return int(n)
+		}
+		return -1
+	})
+	set(p, "sleep-between-retries", &c.SleepBetweenRetries, p.sleep)
+}
+
 // wait returns tproxy.Config's Wait, which is negative for not at all.
-func (p *parser) wait() time.Duration {
-	n := p.number("wait", 1<<31-1, "whole seconds from 0, which does not wait, to 2147483647")
+func (p *parser) wait(name string) time.Duration {
+	n := p.number(name, 1<<31-1, "whole seconds from 0, which does not wait, to 2147483647")
 	if n == 0 {
 		return -time.Second
 	}
 	return time.Duration(n) * time.Second
+}
+
+func (p *parser) sleep(name string) time.Duration {
+	s := p.text(name)
+	d, err := time.ParseDuration(s)
+	switch {
+	case err != nil || d < 0 || d > time.Hour:
+		p.refuse(name, s, "a duration from 0s to 1h with its unit, such as 2s or 500ms")
+	case d == 0:
+		return -1
+	}
+	return d
 }
 
 // request is what an install was asked for.
@@ -99,77 +143,126 @@ type request struct {
 	modeChosen bool
 }
 
-// request reads the flags of install; what is wrong is in p.faults.
-func (p *parser) request() request {
-	r := request{run: p.run(), modifyIPTables: p.bool("modify-iptables"), modeChosen: p.given("ip-family-mode")}
-	r.config = tproxy.Config{
-		ProxyUser:       p.text("kuma-dp-user"),
-		Inbound:         p.inbound(),
-		Outbound:        p.outbound(),
-		DNS:             p.dns(),
-		IPFamilyMode:    p.ipFamilyMode(),
-		DisableComments: p.bool("disable-comments"),
-		Backend:         p.backend(),
-		Wait:            r.wait,
-		WaitInterval:    r.waitInterval,
-	}
+// request reads the configuration and the flags of install over it; what is wrong
+// is in p.faults.
+func (p *parser) request(cmd *cobra.Command, o Options) request {
+	loaded := p.load(Loader{AllowUnknown: o.AllowUnknown, Environ: os.Environ(), Stdin: cmd.InOrStdin()}, p.each("config"))
+	r := request{run: p.run(loaded.Settings), config: loaded.Config, modifyIPTables: p.bool("modify-iptables")}
+	c := &r.config
+	set(p, "kuma-dp-user", &c.ProxyUser, func(name string) string {
+		c.ProxyUIDs = nil
+		return p.text(name)
+	})
+	set(p, "ip-family-mode", &c.IPFamilyMode, p.ipFamilyMode)
+	p.inbound(&c.Inbound)
+	p.outbound(&c.Outbound)
+	p.dns(&c.DNS)
+	set(p, "disable-comments", &c.DisableComments, p.bool)
+	p.backend(&c.Backend)
+	p.lock(c)
 	p.oneOf("persist", "none")
-	p.validate(r.config)
+	p.legacy(c)
+	_, r.modeChosen = loaded.From["ipFamilyMode"]
+	r.modeChosen = r.modeChosen || p.given("ip-family-mode") || c.IPFamilyMode != tproxy.DualStack
+	if !p.notLoaded {
+		p.validate(r.config)
+	}
 	return r
 }
 
-func (p *parser) inbound() tproxy.Inbound {
-	return tproxy.Inbound{
-		Off:          !p.bool("redirect-inbound"),
-		Port:         p.port("redirect-inbound-port"),
-		ExcludePorts: p.ports("exclude-inbound-ports"),
-		ExcludeIPs:   p.prefixes("exclude-inbound-ips"),
-		CaptureSSH:   p.bool("capture-ssh"),
+// load reads the files and the environment. With a fault in them there is nothing.
+func (p *parser) load(l Loader, values []string) *Loaded {
+	sources, faults := l.sources(values)
+	loaded, err := l.load(sources, faults, p.overridden())
+	if e, ok := errors.AsType[*tproxy.ConfigError](err); ok {
+		for _, f := range e.Faults {
+			p.fault(f.String())
+		}
 	}
+	if err != nil {
+		p.notLoaded = true
+		return &Loaded{}
+	}
+	p.from = loaded.From
+	for _, w := range loaded.Warnings {
+		p.note(w.String())
+	}
+	return loaded
 }
 
-func (p *parser) outbound() tproxy.Outbound {
-	return tproxy.Outbound{
-		Off:                 !p.bool("redirect-outbound"),
-		Port:                p.port("redirect-outbound-port"),
-		ExcludePorts:        p.ports("exclude-outbound-ports"),
-		ExcludePortsForUIDs: p.uidExclusions("exclude-outbound-ports-for-uids"),
-		ExcludeIPs:          p.prefixes("exclude-outbound-ips"),
+// overridden are the keys of flags that are given, as far as a value of another
+// key, or one that is not accepted, hangs on them.
+func (p *parser) overridden() map[string]leaf {
+	out := map[string]leaf{}
+	for _, f := range notBuilt {
+		if p.given(f.name) {
+			out[f.key] = leaf{}
+		}
 	}
+	dns := func(name string, value bool, paths ...string) {
+		for _, path := range paths {
+			out[path] = leaf{json: strconv.AppendBool(nil, value), from: "--" + name}
+		}
+	}
+	if name := "redirect-dns"; p.given(name) {
+		dns(name, p.bool(name), "redirect.dns.enabled")
+	}
+	// As in Kuma, this flag enables the redirection too.
+	if name := "redirect-all-dns-traffic"; p.given(name) && p.bool(name) {
+		dns(name, true, "redirect.dns.captureAll", "redirect.dns.enabled")
+	} else if p.given(name) {
+		dns(name, false, "redirect.dns.captureAll")
+	}
+	return out
 }
 
-func (p *parser) dns() tproxy.DNS {
-	d := tproxy.DNS{
-		Redirect:               p.bool("redirect-dns"),
-		CaptureAll:             p.bool("redirect-all-dns-traffic"),
-		Port:                   p.port("redirect-dns-port"),
-		SkipConntrackZoneSplit: p.bool("skip-dns-conntrack-zone-split"),
-	}
-	if d.Redirect && d.CaptureAll {
+func (p *parser) inbound(in *tproxy.Inbound) {
+	set(p, "redirect-inbound", &in.Off, p.not)
+	set(p, "redirect-inbound-port", &in.Port, p.port)
+	set(p, "exclude-inbound-ports", &in.ExcludePorts, p.ports)
+	set(p, "exclude-inbound-ips", &in.ExcludeIPs, p.prefixes)
+	set(p, "capture-ssh", &in.CaptureSSH, p.bool)
+}
+
+func (p *parser) outbound(out *tproxy.Outbound) {
+	set(p, "redirect-outbound", &out.Off, p.not)
+	set(p, "redirect-outbound-port", &out.Port, p.port)
+	set(p, "exclude-outbound-ports", &out.ExcludePorts, p.ports)
+	set(p, "exclude-outbound-ports-for-uids", &out.ExcludePortsForUIDs, p.uidExclusions)
+	set(p, "exclude-outbound-ips", &out.ExcludeIPs, p.prefixes)
+}
+
+// dns reads the flags about DNS that overridden did not read.
+func (p *parser) dns(d *tproxy.DNS) {
+	if p.bool("redirect-dns") && p.bool("redirect-all-dns-traffic") {
 		p.refuse("redirect-dns", "true", "only one of --redirect-dns and --redirect-all-dns-traffic")
 	}
-	return d
+	set(p, "redirect-dns-port", &d.Port, p.port)
+	set(p, "skip-dns-conntrack-zone-split", &d.SkipConntrackZoneSplit, p.bool)
+	set(p, "resolv-conf", &d.ResolvConf, p.text)
 }
 
-func (p *parser) ipFamilyMode() tproxy.IPFamilyMode {
+func (p *parser) ipFamilyMode(name string) tproxy.IPFamilyMode {
 	modes := []tproxy.IPFamilyMode{tproxy.DualStack, tproxy.IPv4Only}
-	return modes[p.oneOf("ip-family-mode", modes[0].String(), modes[1].String())]
+	return modes[p.oneOf(name, modes[0].String(), modes[1].String())]
 }
 
-func (p *parser) backend() tproxy.Backend {
+func (p *parser) backend(to *tproxy.Backend) {
 	b, err := tproxy.ParseBackend(p.text("backend"))
 	if err != nil {
 		p.refuseAll("backend", err)
 	}
+	if p.given("backend") {
+		*to = b
+	}
 	if !p.given("iptables-mode") {
-		return b
+		return
 	}
 	modes := []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy}
-	mode := modes[p.oneOf("iptables-mode", "nft", "legacy")]
-	if p.given("backend") && err == nil && b != mode {
+	*to = modes[p.oneOf("iptables-mode", "nft", "legacy")]
+	if p.given("backend") && err == nil && b != *to {
 		p.refuse("iptables-mode", p.text("iptables-mode"), "the same as --backend "+b.String()+", or only one of the two")
 	}
-	return mode
 }
 
 // ports reads a list of ports that may be given more than once: an exclusion is
@@ -197,13 +290,15 @@ func (p *parser) prefixes(name string) (all []netip.Prefix) {
 }
 
 func (p *parser) uidExclusions(name string) (all []tproxy.UIDExclusion) {
-	for _, s := range p.each(name) {
-		e, err := tproxy.ParseUIDExclusion(s)
-		if err != nil {
-			p.refuseAll(name, err)
-			continue
+	for _, list := range p.each(name) {
+		for s := range strings.SplitSeq(list, ";") {
+			e, err := tproxy.ParseUIDExclusion(strings.TrimSpace(s))
+			if err != nil {
+				p.refuseAll(name, err)
+				continue
+			}
+			all = append(all, e)
 		}
-		all = append(all, e)
 	}
 	return all
 }
@@ -212,10 +307,10 @@ func (p *parser) uidExclusions(name string) (all []tproxy.UIDExclusion) {
 func (p *parser) validate(c tproxy.Config) {
 	// A port that was refused is 0, which would stand for the default: let it
 	// stand for one that no other port is equal to.
-	ports := []*uint16{&c.Inbound.Port, &c.Outbound.Port, &c.DNS.Port}
-	for _, port := range ports {
-		for free := uint16(1); *port == 0; free++ {
-			if !slices.ContainsFunc(ports, func(q *uint16) bool { return *q == free }) {
+	ports := map[string]*uint16{"redirect-inbound-port": &c.Inbound.Port, "redirect-outbound-port": &c.Outbound.Port, "redirect-dns-port": &c.DNS.Port}
+	for name, port := range ports {
+		for free := uint16(1); p.refused[name] && *port == 0; free++ {
+			if free != c.InboundPort() && free != c.OutboundPort() && free != c.DNSPort() {
 				*port = free
 			}
 		}
@@ -223,58 +318,105 @@ func (p *parser) validate(c tproxy.Config) {
 	p.configError(c.Validate())
 }
 
-// configError notes the faults of a *tproxy.ConfigError by the names of the
-// flags, and reports whether err is one.
+// configError notes the faults of a *tproxy.ConfigError by the sources of the
+// values, and reports whether err is one.
 func (p *parser) configError(err error) bool {
 	ce, ok := errors.AsType[*tproxy.ConfigError](err)
 	if !ok {
 		return false
 	}
-	names := flagNames()
 	for _, f := range ce.Faults {
-		f.Path = strings.TrimSpace(f.Path)
-		if name, known := names[f.Path]; known {
-			f.Path = name
+		f.Source, f.Path = p.place(strings.TrimSpace(f.Path))
+		words := strings.Split(f.What, " ")
+		for i, w := range words {
+			if _, known := keyKinds[w]; known && strings.Contains(w, ".") {
+				if source, path := p.place(w); path == "" {
+					words[i] = source
+				} else if words[i] = path; source != "" {
+					words[i] = path + " (" + source + ")"
+				}
+			}
 		}
-		f.What = inFlags(f.What, names)
+		f.What = strings.Join(words, " ")
 		p.fault(f.String())
 	}
 	return true
 }
 
-// flagNames maps Kuma's keys to the flags.
+// place says where the value of a key comes from: the path is empty where the
+// source says it all, and the source where nobody gave a value and no flag could.
+func (p *parser) place(path string) (source, _ string) {
+	name, hasFlag := flagNames()[path]
+	from, loaded := p.from[path]
+	switch {
+	case path == "kumaDPUser" && p.given("kuma-dp-uid"):
+		return "--kuma-dp-uid", ""
+	case hasFlag && p.given(name):
+		return "--" + name, ""
+	case loaded && strings.HasPrefix(from, envPrefix):
+		return from, ""
+	case loaded:
+		return from, path
+	case hasFlag:
+		return "--" + name, ""
+	}
+	return "", path
+}
+
+// flagNames maps Kuma's keys to the names of the flags.
 func flagNames() map[string]string {
 	return map[string]string{
-		"kumaDPUser":                            "--kuma-dp-user",
-		"ipFamilyMode":                          "--ip-family-mode",
-		"backend":                               "--backend",
-		"wait":                                  "--wait",
-		"waitInterval":                          "--wait-interval",
-		"comments.disabled":                     "--disable-comments",
-		"redirect.inbound.enabled":              "--redirect-inbound",
-		"redirect.inbound.port":                 "--redirect-inbound-port",
-		"redirect.inbound.captureSSH":           "--capture-ssh",
-		"redirect.inbound.excludePorts":         "--exclude-inbound-ports",
-		"redirect.inbound.excludePortsForIPs":   "--exclude-inbound-ips",
-		"redirect.outbound.enabled":             "--redirect-outbound",
-		"redirect.outbound.port":                "--redirect-outbound-port",
-		"redirect.outbound.excludePorts":        "--exclude-outbound-ports",
-		"redirect.outbound.excludePortsForUIDs": "--exclude-outbound-ports-for-uids",
-		"redirect.outbound.excludePortsForIPs":  "--exclude-outbound-ips",
-		"redirect.dns.enabled":                  "--redirect-dns",
-		"redirect.dns.captureAll":               "--redirect-all-dns-traffic",
-		"redirect.dns.port":                     "--redirect-dns-port",
-		"redirect.dns.skipConntrackZoneSplit":   "--skip-dns-conntrack-zone-split",
+		"kumaDPUser":                            "kuma-dp-user",
+		"ipFamilyMode":                          "ip-family-mode",
+		"backend":                               "backend",
+		"wait":                                  "wait",
+		"waitInterval":                          "wait-interval",
+		"comments.disabled":                     "disable-comments",
+		"redirect.inbound.enabled":              "redirect-inbound",
+		"redirect.inbound.port":                 "redirect-inbound-port",
+		"redirect.inbound.captureSSH":           "capture-ssh",
+		"redirect.inbound.excludePorts":         "exclude-inbound-ports",
+		"redirect.inbound.excludePortsForIPs":   "exclude-inbound-ips",
+		"redirect.outbound.enabled":             "redirect-outbound",
+		"redirect.outbound.port":                "redirect-outbound-port",
+		"redirect.outbound.excludePorts":        "exclude-outbound-ports",
+		"redirect.outbound.excludePortsForUIDs": "exclude-outbound-ports-for-uids",
+		"redirect.outbound.excludePortsForIPs":  "exclude-outbound-ips",
+		"redirect.dns.enabled":                  "redirect-dns",
+		"redirect.dns.captureAll":               "redirect-all-dns-traffic",
+		"redirect.dns.port":                     "redirect-dns-port",
+		"redirect.dns.skipConntrackZoneSplit":   "skip-dns-conntrack-zone-split",
+		"redirect.dns.resolvConfigPath":         "resolv-conf",
+		"retry.maxRetries":                      "max-retries",
+		"retry.sleepBetweenRetries":             "sleep-between-retries",
+		"verbose":                               "verbose",
+		"dryRun":                                "dry-run",
 	}
 }
 
-// inFlags puts the flag's name in the place of each word that is a dotted key.
-func inFlags(s string, names map[string]string) string {
-	words := strings.Split(s, " ")
-	for i, w := range words {
-		if name, ok := names[w]; ok && strings.Contains(w, ".") {
-			words[i] = name
+// logSources logs where each value came from that is not the default.
+func (p *parser) logSources(log *slog.Logger, c tproxy.Config) {
+	text, err := json.Marshal(c)
+	if err != nil {
+		return // it is said elsewhere
+	}
+	values := map[string]member{}
+	if doc, _ := document("", text); doc != nil {
+		doc.lines("", values)
+	}
+	for _, k := range tproxy.Keys() {
+		from, given := p.from[k.Path]
+		if name, hasFlag := flagNames()[k.Path]; hasFlag && p.given(name) {
+			from, given = "--"+name, true
+		}
+		m, written := values[k.Path]
+		if !given || !written {
+			continue
+		}
+		var b bytes.Buffer
+		m.value.encode(&b, k.Path, nil)
+		if b.String() != k.Default {
+			log.Debug("configuration", "key", k.Path, "value", b.String(), "from", from)
 		}
 	}
-	return strings.Join(words, " ")
 }

@@ -116,14 +116,14 @@ func (r request) installJSON(plan *tproxy.Plan, report *exec.Report) installJSON
 
 func removalJSON(r run, report *exec.Report) uninstallJSON {
 	out := uninstallJSON{
-		DryRun:   r.dryRun,
+		DryRun:   r.DryRun,
 		Changed:  report.Changed,
 		Families: familiesJSON(report.Families),
 		Steps:    distinct(report.Steps),
 		Retries:  report.Retries,
 		Notes:    distinct(report.Notes),
 	}
-	if r.dryRun {
+	if r.DryRun {
 		for i, f := range report.Families {
 			out.Families[i].Script = string(f.Script)
 		}
@@ -143,8 +143,21 @@ func familiesJSON(in []exec.FamilyReport) []familyJSON {
 	return out
 }
 
-func writeJSON(w io.Writer, v any) error {
+// format is how a command says what it has to say.
+type format uint8
+
+const (
+	asText format = iota
+	asJSON
+	asYAML
+)
+
+// writeDocument writes v as JSON, or the same as YAML.
+func (r run) writeDocument(w io.Writer, v any) error {
 	b, err := marshal(v)
+	if err == nil && r.format == asYAML {
+		b, err = yamlOf(b)
+	}
 	if err != nil {
 		return err
 	}

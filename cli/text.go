@@ -61,11 +61,11 @@ func (p *page) script(f rules.Family, script []byte) {
 // nothing else yet.
 func (r request) nothing(cmd *cobra.Command) error {
 	note := "nothing to do: --modify-iptables=false leaves iptables alone, and there is nothing else to modify"
-	if r.json {
-		return writeJSON(cmd.OutOrStdout(), installJSON{DryRun: r.dryRun, Families: []familyJSON{}, Config: r.config, Steps: []string{}, Notes: []string{note}})
+	if r.format != asText {
+		return r.writeDocument(cmd.OutOrStdout(), installJSON{DryRun: r.DryRun, Families: []familyJSON{}, Config: r.config, Steps: []string{}, Notes: []string{note}})
 	}
 	var p page
-	if r.dryRun {
+	if r.DryRun {
 		p.commented([]byte("dry run: " + note))
 	} else {
 		p.linef("%s\n%s", note, installed)
@@ -77,8 +77,8 @@ func (r request) nothing(cmd *cobra.Command) error {
 // iptables-restore --noflush: from "### IPv4 ###", or "### IPv6 ###", up to the
 // next such line or the end.
 func (r request) printPlan(w io.Writer, plan *tproxy.Plan) error {
-	if r.json {
-		return writeJSON(w, planJSON(plan))
+	if r.format != asText {
+		return r.writeDocument(w, planJSON(plan))
 	}
 	var head, p page
 	head.linef("dry run: nothing was changed")
@@ -100,8 +100,8 @@ func (r request) printPlan(w io.Writer, plan *tproxy.Plan) error {
 
 // printInstalled prints what an install did and what is left to do.
 func (r request) printInstalled(w io.Writer, plan *tproxy.Plan, report *exec.Report) error {
-	if r.json {
-		return writeJSON(w, r.installJSON(plan, report))
+	if r.format != asText {
+		return r.writeDocument(w, r.installJSON(plan, report))
 	}
 	var p page
 	for _, f := range report.Families {
@@ -109,7 +109,7 @@ func (r request) printInstalled(w io.Writer, plan *tproxy.Plan, report *exec.Rep
 	}
 	p.otherSteps(report)
 	if report.Retries > 0 {
-		p.linef("Tried again, as other programs changed their rules meanwhile: %d", report.Retries)
+		p.linef("Tried again, as other programs held the lock or changed their rules meanwhile: %d", report.Retries)
 	}
 	p.decisions(plan)
 	p.notes(plan.Notes, report.Notes)
@@ -319,8 +319,8 @@ func proxyUser(plan *tproxy.Plan) string {
 // printRemoval prints what an uninstall would do; known is false where the
 // machine could not be looked at.
 func (r run) printRemoval(w io.Writer, report *exec.Report, known bool) error {
-	if r.json {
-		return writeJSON(w, removalJSON(r, report))
+	if r.format != asText {
+		return r.writeDocument(w, removalJSON(r, report))
 	}
 	var head, p page
 	head.linef("dry run: nothing was changed")
@@ -346,8 +346,8 @@ func anyChange(report *exec.Report) bool {
 
 // printUninstalled prints what an uninstall did.
 func (r run) printUninstalled(w io.Writer, report *exec.Report) error {
-	if r.json {
-		return writeJSON(w, removalJSON(r, report))
+	if r.format != asText {
+		return r.writeDocument(w, removalJSON(r, report))
 	}
 	var p page
 	if !anyChange(report) {

@@ -1,6 +1,9 @@
 package cli
 
 import (
+	"os"
+	"strings"
+
 	"github.com/spf13/cobra"
 
 	"github.com/kumahq/kuma-tproxy/tproxy/exec"
@@ -8,7 +11,9 @@ import (
 
 const uninstallLong = `Take out whatever install put on this host, and leave all else as it is. What is
 there is found without flags: whatever user, comments or variant of iptables it
-was installed with.`
+was installed with.
+
+Each flag but --output has a variable KUMA_TRANSPARENT_PROXY_*, which it wins over.`
 
 const uninstallExample = `  kumactl uninstall transparent-proxy
   kumactl uninstall transparent-proxy --dry-run`
@@ -34,22 +39,42 @@ func UninstallTransparentProxy(o Options) *cobra.Command {
 
 func uninstall(cmd *cobra.Command, args []string, o Options) error {
 	p := newParser(cmd, args)
-	r := p.run()
+	loaded := p.load(Loader{Environ: uninstallEnviron()}, nil)
+	r, c := p.run(loaded.Settings), loaded.Config
+	p.lock(&c)
 	if err := p.err(); err != nil {
 		return err
 	}
-	remove := exec.RemoveOptions{DryRun: r.dryRun, Wait: r.wait, WaitInterval: r.waitInterval}
-	report, err := o.runner(cmd, r.verbose).Remove(cmd.Context(), remove)
-	if err != nil && r.dryRun && unseen(err) {
+	log := logger(cmd, r.Verbose)
+	p.logSources(log, c)
+	report, err := o.runner(log).Remove(cmd.Context(), exec.RemoveOptions{
+		DryRun: r.DryRun,
+		Wait:   c.Wait, WaitInterval: c.WaitInterval,
+		MaxRetries: c.MaxRetries, SleepBetweenRetries: c.SleepBetweenRetries,
+	})
+	if err != nil && r.DryRun && unseen(err) {
 		report, err = &exec.Report{Notes: []string{"this machine could not be observed (" + err.Error() + "): what uninstall would do is not known"}}, nil
 		return r.printRemoval(cmd.OutOrStdout(), report, false)
 	}
 	if err != nil {
 		return explain(cmd, err)
 	}
-	if r.dryRun {
+	if r.DryRun {
 		return r.printRemoval(cmd.OutOrStdout(), report, true)
 	}
 	unsaid(cmd, r.printUninstalled(cmd.OutOrStdout(), report))
 	return nil
+}
+
+// uninstallEnviron are the variables that say how to uninstall. What the others
+// say, an uninstall must not fail of.
+func uninstallEnviron() (out []string) {
+	for _, e := range os.Environ() {
+		name, _, _ := strings.Cut(e, "=")
+		switch strings.TrimPrefix(name, envPrefix) {
+		case "WAIT", "WAIT_INTERVAL", "RETRY_MAX_RETRIES", "RETRY_SLEEP_BETWEEN_RETRIES", "DRY_RUN", "VERBOSE":
+			out = append(out, e)
+		}
+	}
+	return out
 }

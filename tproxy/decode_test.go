@@ -124,6 +124,7 @@ func TestFaultNamesItsSource(t *testing.T) {
 	for want, f := range map[string]tproxy.ConfigFault{
 		`a.yaml:3: wait: "x" is no number: accepted is 5`: {Source: "a.yaml:3", Path: "wait", Value: "x", What: "is no number", Accepted: "5"},
 		`a.yaml:3: "x" is no YAML: accepted is YAML`:      {Source: "a.yaml:3", Value: "x", What: "is no YAML", Accepted: "YAML"},
+		`"a\nb:3": "k\t": "x" is no key: accepted is k`:   {Source: "a\nb:3", Path: "k\t", Value: "x", What: "is no key", Accepted: "k"},
 		`wait: "x" is no number: accepted is 5`:           {Path: "wait", Value: "x", What: "is no number", Accepted: "5"},
 	} {
 		if got := f.String(); got != want {

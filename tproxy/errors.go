@@ -2,7 +2,10 @@ package tproxy
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 )
 
 // ConfigError lists everything that is wrong with a Config.
@@ -24,11 +27,19 @@ type ConfigFault struct {
 
 // String says all of it in a line.
 func (f ConfigFault) String() string {
-	where := f.Path
+	where := printable(f.Path)
 	if f.Source != "" {
-		where = strings.TrimSuffix(f.Source+": "+f.Path, ": ")
+		where = strings.TrimSuffix(printable(f.Source)+": "+where, ": ")
 	}
 	return fmt.Sprintf("%s: %q %s: accepted is %s", where, f.Value, f.What, f.Accepted)
+}
+
+// printable quotes a name that is none of ours where it would break the line.
+func printable(s string) string {
+	if strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) || !utf8.ValidString(s) {
+		return strconv.Quote(s)
+	}
+	return s
 }
 
 func (e *ConfigError) Error() string {

@@ -392,7 +392,7 @@ func bad(raw json.RawMessage, what, accepted string) []ConfigFault {
 // nothing longer than a line.
 func quotable(raw json.RawMessage) string {
 	var s string
-	if json.Unmarshal(raw, &s) != nil {
+	if raw[0] != '"' || json.Unmarshal(raw, &s) != nil {
 		s = string(raw)
 	}
 	return short(s)

@@ -14,12 +14,17 @@ import (
 
 // maxTries is how often the rules of a family are written when somebody else
 // changes them at the same time.
-const maxTries = 5
+const maxTries = 10
 
 // Apply carries out a plan: afterwards everything of it is in place, or, if the
 // error is not nil, the host is as it was before, unless ApplyError.Left says
 // otherwise. What is in place already is left alone; with all of it in place
 // nothing is written and the report says so.
+//
+// A step that failed is tried again where the failure passes, as the plan's Config
+// says: somebody held the xtables lock, or the kernel was busy. With all of its
+// patience, a lock that is held for good takes a restore (MaxRetries+1) * Wait +
+// MaxRetries * SleepBetweenRetries, 33 s by default, and an undo as long.
 //
 // The context is looked at between steps only: a cancelled Apply is undone,
 // never left half.
@@ -379,6 +384,11 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 			t.log.Warn("the rules changed under us; trying again", "family", j.family, "try", try, "error", err)
 			changes++
 			t.retries++
+		case readErr == nil && changes+1 >= maxTries && retryable(err) && changed(j.family, tableOf(err), now, again):
+			e, _ := errors.AsType[*ApplyError](err)
+			e.Err = fmt.Errorf("other programs changed the rules each of %d times (%w)", maxTries, e.Err)
+			e.Remedy = "find out what changes them all the time, or try again later"
+			return e
 		case t.pass(ctx, j.step, err, &passed):
 			if again, readErr = t.save(ctx, j.variant, j.family); readErr != nil {
 				return err
@@ -419,16 +429,16 @@ func tableOf(err error) rules.Table {
 
 // putBack makes what is ours in a family what it was before.
 func (t *transaction) putBack(ctx context.Context, j *job) (bool, error) {
-	now, err := t.save(ctx, j.variant, j.family)
-	if err != nil {
-		return false, err
-	}
-	script := rules.Transition(j.family, now.Ours, j.before.Ours)
-	if script == nil {
-		return false, nil
-	}
 	for passed := 0; ; {
-		err := t.restore(ctx, j.variant, j.family, putBackText(j), script)
+		now, err := t.save(ctx, j.variant, j.family)
+		if err != nil {
+			return false, err
+		}
+		script := rules.Transition(j.family, now.Ours, j.before.Ours)
+		if script == nil {
+			return passed > 0, nil
+		}
+		err = t.restore(ctx, j.variant, j.family, putBackText(j), script)
 		if err == nil || !t.pass(ctx, putBackText(j), err, &passed) {
 			return true, err
 		}

@@ -89,8 +89,8 @@ func appendDeclaration(b []byte, name string) []byte {
 func (s Set) appendBase(b []byte, c BaseChain, lines []Rule) []byte {
 	for i := range lines {
 		if c.Place == First {
-			// Insert the n-th of ours at the n-th place: they keep their order.
-			b = s.appendLine(b, "-I ", string(c.Hook)+" "+strconv.Itoa(i+1), &lines[i])
+			// The last one first, each in front: see headFirst.
+			b = s.appendLine(b, "-I ", string(c.Hook)+" 1", &lines[len(lines)-1-i])
 		} else {
 			b = s.appendLine(b, "-A ", string(c.Hook), &lines[i])
 		}

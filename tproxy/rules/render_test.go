@@ -75,8 +75,8 @@ func TestRenderSet(t *testing.T) {
 :OUT - [0:0]
 -A PREROUTING -m comment --comment "a" -j IN
 -A PREROUTING -m comment --comment "b" -j IN
+-I OUTPUT 1 -m comment --comment "b" -j OUT
 -I OUTPUT 1 -m comment --comment "a" -j OUT
--I OUTPUT 2 -m comment --comment "b" -j OUT
 -A OUT -m comment --comment "data" -j RETURN
 COMMIT
 *raw

@@ -228,7 +228,7 @@ func edited(list []Rule, es []edit) []Rule {
 func edits(live []Rule, w BaseChain) []edit {
 	es, ok := moves(live, w)
 	if ok {
-		return es
+		return headFirst(es)
 	}
 	// No such moves give the wanted order: all are deleted, and made anew.
 	es = es[:0]
@@ -242,6 +242,25 @@ func edits(live []Rule, w BaseChain) []edit {
 		}
 		es = append(es, edit{rule: r, at: at})
 	}
+	return headFirst(es)
+}
+
+// headFirst writes rules that go in at the places 1, 2 and so on as one behind the
+// other at the first, the last of them first. iptables-nft turns any other place into
+// the rule that it saw there, and fails when somebody has deleted that one meanwhile.
+func headFirst(es []edit) []edit {
+	from := slices.IndexFunc(es, func(e edit) bool { return !e.gone })
+	if from < 0 {
+		return es
+	}
+	n := 0
+	for from+n < len(es) && !es[from+n].gone && es[from+n].at == n+1 {
+		n++
+	}
+	for i := range n {
+		es[from+i].at = 1
+	}
+	slices.Reverse(es[from : from+n])
 	return es
 }
 
