@@ -7,6 +7,7 @@
 //	cli      the module cli, its own kernel tests included
 //	mutate   every rule and match of many plans changed in turn (make test-all)
 //	differential  random configs, random real flows (make test-all)
+//	stress   every fault and kill, long beside other writers (make test-all)
 //	runtime  firewalld and container runtimes (make test-all)
 //	systemd  systemd as the first process (make test-all)
 //
@@ -35,12 +36,12 @@ import (
 const module = "github.com/kumahq/kuma-tproxy"
 
 func main() {
-	all := flag.Bool("all", false, "the suites mutate, differential, runtime and systemd too")
+	all := flag.Bool("all", false, "the suites mutate, differential, stress, runtime and systemd too")
 	verbose := flag.Bool("v", false, "print each test that was skipped")
 	flag.Parse()
 	names := []string{"pure", "fakes", "kernel", "cli"}
 	if *all {
-		names = append(names, "mutate", "differential", "runtime", "systemd")
+		names = append(names, "mutate", "differential", "stress", "runtime", "systemd")
 	}
 	ok, err := run(names, *verbose, flag.Args())
 	if err != nil {
@@ -174,6 +175,8 @@ func suiteOf(file, name, text string) string {
 		return "mutate"
 	case has("differential"):
 		return "differential"
+	case strings.HasPrefix(name, "TestStress"):
+		return "stress"
 	case has("systemd"):
 		return "systemd"
 	case has("firewalld", "runtime", "podman", "containerd"):

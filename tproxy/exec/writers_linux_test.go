@@ -98,13 +98,13 @@ COMMIT
 
 // While others change their rules in the same tables as fast as they can, installs,
 // upgrades and uninstalls lose none of theirs, bring none back, and keep counters.
-func TestOtherWriters(t *testing.T) { beside(t, 8) }
+func TestOtherWriters(t *testing.T) { beside(t, 3) }
 
 func TestStressOtherWriters(t *testing.T) {
 	if !stress() {
 		t.Skip("TPROXY_SUITE does not name stress")
 	}
-	beside(t, 120)
+	beside(t, 60)
 }
 
 func beside(t *testing.T, rounds int) {
