@@ -36,6 +36,8 @@ type Runner interface {
 	Apply(ctx context.Context, p *tproxy.Plan) (*exec.Report, error)
 	// Remove takes out whatever an install left, whoever made it.
 	Remove(ctx context.Context, o exec.RemoveOptions) (*exec.Report, error)
+	// Installed reads what is installed, nil where nothing is, and writes nothing.
+	Installed(ctx context.Context) (*exec.Installation, error)
 	// Live reads the rules that are there, and the ways to the addresses, and
 	// writes nothing.
 	Live(ctx context.Context, to ...netip.Addr) (exec.Live, error)
@@ -46,8 +48,9 @@ type Options struct {
 	// Runner makes the Runner of one run, which logs to log. Nil means an
 	// *exec.Runner: this machine.
 	Runner func(log *slog.Logger) Runner
-	// Version is what Root prints for --version; empty means "unknown". The
-	// leaves do without.
+	// Version is what Root prints for --version, and what the record of an install
+	// says of its maker. Empty means "unknown" to Root, and to the record the version
+	// of this library in the program, where it was built from a version.
 	Version string
 	// AllowUnknown makes a note of a key in a file that is not known, where a
 	// configuration can be newer than its reader: in a pod's kuma-init, for one.
@@ -69,7 +72,7 @@ func (o Options) runner(log *slog.Logger) Runner {
 	if o.Runner != nil {
 		return o.Runner(log)
 	}
-	return &exec.Runner{Log: log}
+	return &exec.Runner{Log: log, Version: o.Version}
 }
 
 // ExitCode is what a program exits with after err: 0 for nil, 2 for bad flags

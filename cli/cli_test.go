@@ -3,6 +3,7 @@ package cli_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -162,7 +163,9 @@ func (f fake) Apply(_ context.Context, p *tproxy.Plan) (*exec.Report, error) {
 		r.Families = append(r.Families, fr)
 	}
 	r.Notes = []string{"nothing listens on port 15006 yet"}
-	return r, nil
+	var err error
+	r.Before, err = f.Installed(context.Background())
+	return r, err
 }
 
 func (f fake) Remove(_ context.Context, o exec.RemoveOptions) (*exec.Report, error) {
@@ -177,13 +180,41 @@ func (f fake) Remove(_ context.Context, o exec.RemoveOptions) (*exec.Report, err
 	if err != nil {
 		return nil, err
 	}
-	r := &exec.Report{Changed: !o.DryRun, Steps: []string{"no IPv4 rules of ours in iptables-nft", "ip address del ::6/128 dev lo"}}
+	r := &exec.Report{Changed: !o.DryRun, Cut: 3, Steps: []string{"no IPv4 rules of ours in iptables-nft", "ip address del ::6/128 dev lo"}}
 	r.Families = []exec.FamilyReport{{
 		Family: rules.IPv4, Backend: tproxy.IPTablesNFT,
 		Changes: rules.Compare(rules.IPv4, plan.Rules, rules.Set{}),
 		Script:  rules.Transition(rules.IPv4, plan.Rules, rules.Set{}),
 	}}
 	return r, nil
+}
+
+// Installed is what the variable INSTALLED says: kuma, broken, or a configuration.
+func (f fake) Installed(context.Context) (*exec.Installation, error) {
+	f.log.Debug("installed")
+	if err := named(os.Getenv("FORMER")); err != nil {
+		return nil, err
+	}
+	i := &exec.Installation{Backend: tproxy.IPTablesLegacy, Families: []rules.Family{rules.IPv4}}
+	switch what := os.Getenv("INSTALLED"); what {
+	case "":
+		return nil, nil
+	case "kuma":
+		i.Kuma, i.Unknown = true, tproxy.ErrNoRecord
+	case "broken":
+		i.Unknown = &tproxy.RecordError{What: "is cut off"}
+	default:
+		var c tproxy.Config
+		if err := json.Unmarshal([]byte(what), &c); err != nil {
+			return nil, err
+		}
+		plan, err := tproxy.Build(c, tproxy.Host{})
+		if err != nil {
+			return nil, err
+		}
+		i.Config, i.Record.Version = plan.Config, "v0.8"
+	}
+	return i, nil
 }
 
 // Live is the rules of an install, and those of the file LIVE4.
@@ -255,6 +286,8 @@ func (r *recorder) Remove(ctx context.Context, o exec.RemoveOptions) (*exec.Repo
 	r.remove, r.ctx = &o, ctx
 	return &exec.Report{Changed: true}, nil
 }
+
+func (r *recorder) Installed(context.Context) (*exec.Installation, error) { return nil, nil }
 
 func (r *recorder) Live(context.Context, ...netip.Addr) (exec.Live, error) {
 	return exec.Live{}, nil

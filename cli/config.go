@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"strings"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
@@ -26,6 +27,8 @@ type Loader struct {
 	Environ []string
 	// Stdin is what "-" stands for.
 	Stdin io.Reader
+
+	base map[string]leaf // below all files
 }
 
 // Source is a text of YAML or JSON.
@@ -90,6 +93,7 @@ type layered struct {
 // which wins; one without is at its default.
 func (l Loader) load(sources []Source, faults []tproxy.ConfigFault, over map[string]leaf) (*Loaded, error) {
 	g := &loading{unknown: l.AllowUnknown, leaves: map[string]leaf{}}
+	maps.Copy(g.leaves, l.base)
 	for _, s := range sources {
 		g.layer++
 		g.source(s)

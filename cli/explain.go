@@ -184,7 +184,11 @@ func (q question) family() rules.Family {
 func explainPacket(cmd *cobra.Command, args []string, o Options) error {
 	p := newParser(cmd, args)
 	q := p.question()
-	r := p.request(cmd, o)
+	base, err := p.reuse(cmd, o)
+	if err != nil {
+		return explain(cmd, err)
+	}
+	r := p.request(cmd, o, base)
 	p.say(cmd)
 	log := logger(cmd, r.Verbose)
 	p.logSources(log, r.config)
@@ -196,7 +200,6 @@ func explainPacket(cmd *cobra.Command, args []string, o Options) error {
 	if err := p.err(); err != nil {
 		return err
 	}
-	var err error
 	switch {
 	case q.file != "":
 	case q.planned:

@@ -31,10 +31,13 @@ file of --config, the last file first, else its default. Files and variables are
 those of Kuma; flags of its earlier versions say what to use instead.
 
 Installing the same again changes nothing; another configuration replaces the rules
-in one step. The uninstall command of the same name puts the host back as it was.`
+in one step, whichever version installed them, Kuma's own too, and what differs is
+printed. --reuse-config begins with what is installed, so that an upgrade keeps each
+exclusion. The uninstall command of the same name puts the host back as it was.`
 
 const installExample = `  kumactl install transparent-proxy --kuma-dp-user kuma-dp
   kumactl install transparent-proxy --exclude-inbound-ports 2222,9100 --redirect-dns
+  kumactl install transparent-proxy --reuse-config --redirect-dns
   kumactl install transparent-proxy --config base.yaml,custom.yaml --dry-run`
 
 // InstallTransparentProxy returns the command transparent-proxy that redirects a
@@ -58,7 +61,11 @@ func InstallTransparentProxy(o Options) *cobra.Command {
 
 func install(cmd *cobra.Command, args []string, o Options) error {
 	p := newParser(cmd, args)
-	r := p.request(cmd, o)
+	base, err := p.reuse(cmd, o)
+	if err != nil {
+		return explain(cmd, err)
+	}
+	r := p.request(cmd, o, base)
 	p.say(cmd)
 	log := logger(cmd, r.Verbose)
 	runner := o.runner(log)
@@ -82,13 +89,17 @@ func install(cmd *cobra.Command, args []string, o Options) error {
 		return err
 	}
 	if r.DryRun {
-		return r.printPlan(cmd.OutOrStdout(), plan)
+		before, err := standing(cmd.Context(), runner)
+		if err != nil {
+			return explain(cmd, err)
+		}
+		return r.printPlan(cmd.OutOrStdout(), plan, before, o)
 	}
 	report, err := runner.Apply(cmd.Context(), plan)
 	if err != nil {
 		return explain(cmd, err)
 	}
-	unsaid(cmd, r.printInstalled(cmd.OutOrStdout(), plan, report))
+	unsaid(cmd, r.printInstalled(cmd.OutOrStdout(), plan, report, o))
 	return nil
 }
 

@@ -22,6 +22,7 @@ func installFlags() []flagGroup {
 	return []flagGroup{
 		{"The configuration", []flag{
 			{"config", "", "`file` of YAML or JSON, - for standard input, or several with commas; repeatable"},
+			{"reuse-config", "false", "begin with the configuration that is installed here; files, variables and flags win over it"},
 		}},
 		{"The proxy", []flag{
 			{"kuma-dp-user", "", "`user` that runs kuma-dp, by name or number (default UID 5678, else the user kuma-dp)"},
@@ -109,7 +110,12 @@ func (p *parser) lock(c *tproxy.Config) {
 		}
 		return -1
 	})
-	set(p, "sleep-between-retries", &c.SleepBetweenRetries, p.sleep)
+	set(p, "sleep-between-retries", &c.SleepBetweenRetries, func(name string) time.Duration {
+		if d := p.duration(name, "2s or 500ms"); d > 0 || p.refused[name] {
+			return d
+		}
+		return -1
+	})
 }
 
 // wait returns tproxy.Config's Wait, which is negative for not at all.
@@ -121,14 +127,13 @@ func (p *parser) wait(name string) time.Duration {
 	return time.Duration(n) * time.Second
 }
 
-func (p *parser) sleep(name string) time.Duration {
+// duration returns a duration from 0 to an hour; 0 when it is not accepted.
+func (p *parser) duration(name, example string) time.Duration {
 	s := p.text(name)
 	d, err := time.ParseDuration(s)
-	switch {
-	case err != nil || d < 0 || d > time.Hour:
-		p.refuse(name, s, "a duration from 0s to 1h with its unit, such as 2s or 500ms")
-	case d == 0:
-		return -1
+	if err != nil || d < 0 || d > time.Hour {
+		p.refuse(name, s, "a duration from 0s to 1h with its unit, such as "+example)
+		return 0
 	}
 	return d
 }
@@ -143,10 +148,10 @@ type request struct {
 	modeChosen bool
 }
 
-// request reads the configuration and the flags of install over it; what is wrong
-// is in p.faults.
-func (p *parser) request(cmd *cobra.Command, o Options) request {
-	loaded := p.load(Loader{AllowUnknown: o.AllowUnknown, Environ: os.Environ(), Stdin: cmd.InOrStdin()}, p.each("config"))
+// request reads the configuration, over base, and the flags of install over it; what
+// is wrong is in p.faults.
+func (p *parser) request(cmd *cobra.Command, o Options, base map[string]leaf) request {
+	loaded := p.load(Loader{AllowUnknown: o.AllowUnknown, Environ: os.Environ(), Stdin: cmd.InOrStdin(), base: base}, p.each("config"))
 	r := request{run: p.run(loaded.Settings), config: loaded.Config, modifyIPTables: p.bool("modify-iptables")}
 	c := &r.config
 	set(p, "kuma-dp-user", &c.ProxyUser, func(name string) string {

@@ -16,6 +16,8 @@ type dryRunJSON struct {
 	Why      string        `json:"why"`
 	Families []familyJSON  `json:"families"`
 	Config   tproxy.Config `json:"config"`
+	Former   *formerJSON   `json:"former,omitempty"`  // what is installed already
+	Differs  []changeJSON  `json:"differs,omitempty"` // from that, in config
 	Steps    []stepJSON    `json:"steps"`
 	Scripts  scriptsJSON   `json:"scripts"`
 	Notes    []string      `json:"notes"`
@@ -57,7 +59,9 @@ type installJSON struct {
 	Why       string        `json:"why,omitempty"`
 	Families  []familyJSON  `json:"families"`
 	Config    tproxy.Config `json:"config"`
-	Steps     []string      `json:"steps"` // those that did something
+	Former    *formerJSON   `json:"former,omitempty"`  // what was installed before
+	Differs   []changeJSON  `json:"differs,omitempty"` // from that, in config
+	Steps     []string      `json:"steps"`             // those that did something
 	Dataplane *dataplane    `json:"transparentProxying,omitempty"`
 	User      string        `json:"user,omitempty"` // that kuma-dp must run as
 	Retries   int           `json:"retries"`
@@ -69,19 +73,22 @@ type uninstallJSON struct {
 	DryRun   bool         `json:"dryRun"`
 	Changed  bool         `json:"changed"`
 	Families []familyJSON `json:"families"`
+	Former   *formerJSON  `json:"former,omitempty"` // what was installed
+	Cut      int          `json:"cut"`              // connections that were redirected and are not drained
 	Steps    []string     `json:"steps"`
 	Retries  int          `json:"retries"`
 	Notes    []string     `json:"notes"`
 }
 
-func planJSON(plan *tproxy.Plan) dryRunJSON {
+func planJSON(plan *tproxy.Plan, before *exec.Installation) dryRunJSON {
 	out := dryRunJSON{
 		DryRun:  true,
 		Backend: plan.Backend.String(), Why: plan.BackendWhy,
 		Families: []familyJSON{},
 		Config:   plan.Config,
-		Steps:    []stepJSON{},
-		Notes:    distinct(plan.Notes),
+		Former:   formerOf(before), Differs: changesOf(before, plan.Config),
+		Steps: []stepJSON{},
+		Notes: distinct(plan.Notes),
 	}
 	for _, s := range plan.Steps {
 		out.Steps = append(out.Steps, stepJSON{s.String(), s.Undo()})
@@ -98,8 +105,9 @@ func (r request) installJSON(plan *tproxy.Plan, report *exec.Report) installJSON
 	out := installJSON{
 		Changed: report.Changed,
 		Backend: report.Backend.String(), Why: report.Why,
-		Families:  familiesJSON(report.Families),
-		Config:    plan.Config,
+		Families: familiesJSON(report.Families),
+		Config:   plan.Config,
+		Former:   formerOf(report.Before), Differs: changesOf(report.Before, plan.Config),
 		Steps:     distinct(report.Steps),
 		Dataplane: &d,
 		User:      proxyUser(plan),
@@ -119,9 +127,10 @@ func removalJSON(r run, report *exec.Report) uninstallJSON {
 		DryRun:   r.DryRun,
 		Changed:  report.Changed,
 		Families: familiesJSON(report.Families),
-		Steps:    distinct(report.Steps),
-		Retries:  report.Retries,
-		Notes:    distinct(report.Notes),
+		Former:   formerOf(report.Before), Cut: report.Cut,
+		Steps:   distinct(report.Steps),
+		Retries: report.Retries,
+		Notes:   distinct(report.Notes),
 	}
 	if r.DryRun {
 		for i, f := range report.Families {

@@ -11,11 +11,10 @@ import (
 // with the commands of this package under them, and --version. Another program mounts
 // the commands and does without.
 func Root(o Options) *cobra.Command {
-	if o.Version == "" {
-		o.Version = "unknown"
-	}
 	root := group("kumactl", "Transparent proxying for Kuma on this host")
-	root.Version = o.Version
+	if root.Version = o.Version; o.Version == "" {
+		root.Version = "unknown"
+	}
 	root.CompletionOptions.DisableDefaultCmd = true
 	install := group("install", "Install on this host")
 	install.AddCommand(InstallTransparentProxy(o))

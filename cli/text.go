@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"fmt"
 	"io"
-	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -73,12 +72,12 @@ func (r request) nothing(cmd *cobra.Command) error {
 	return write(cmd.OutOrStdout(), p.Bytes())
 }
 
-// printPlan prints what an install would do, with the scripts ready for
+// printPlan prints what an install would do to what is there, with the scripts ready for
 // iptables-restore --noflush: from "### IPv4 ###", or "### IPv6 ###", up to the
 // next such line or the end.
-func (r request) printPlan(w io.Writer, plan *tproxy.Plan) error {
+func (r request) printPlan(w io.Writer, plan *tproxy.Plan, before *exec.Installation, o Options) error {
 	if r.format != asText {
-		return r.writeDocument(w, planJSON(plan))
+		return r.writeDocument(w, planJSON(plan, before))
 	}
 	var head, p page
 	head.linef("dry run: nothing was changed")
@@ -86,6 +85,7 @@ func (r request) printPlan(w io.Writer, plan *tproxy.Plan) error {
 	for i, s := range plan.Steps {
 		head.linef("step %d: %s\n  undo: %s", i+1, s, s.Undo())
 	}
+	head.former(before, plan.Config, o.Version)
 	head.decisions(plan)
 	head.notes(plan.Notes)
 	head.linef("the scripts are those of a fresh install, for iptables-restore --noflush")
@@ -99,7 +99,7 @@ func (r request) printPlan(w io.Writer, plan *tproxy.Plan) error {
 }
 
 // printInstalled prints what an install did and what is left to do.
-func (r request) printInstalled(w io.Writer, plan *tproxy.Plan, report *exec.Report) error {
+func (r request) printInstalled(w io.Writer, plan *tproxy.Plan, report *exec.Report, o Options) error {
 	if r.format != asText {
 		return r.writeDocument(w, r.installJSON(plan, report))
 	}
@@ -111,6 +111,7 @@ func (r request) printInstalled(w io.Writer, plan *tproxy.Plan, report *exec.Rep
 	if report.Retries > 0 {
 		p.linef("Tried again, as other programs held the lock or changed their rules meanwhile: %d", report.Retries)
 	}
+	p.former(report.Before, plan.Config, o.Version)
 	p.decisions(plan)
 	p.notes(plan.Notes, report.Notes)
 	p.dataplane(r.dataplane(plan))
@@ -241,10 +242,10 @@ func outboundExcluded(plan *tproxy.Plan) []string {
 	return out
 }
 
-func texts[T netip.Addr | netip.Prefix](in []T) []string {
+func texts[T fmt.Stringer](in []T) []string {
 	out := make([]string, len(in))
 	for i, v := range in {
-		out[i] = fmt.Sprint(v)
+		out[i] = v.String()
 	}
 	return out
 }

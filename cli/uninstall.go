@@ -11,12 +11,16 @@ import (
 
 const uninstallLong = `Take out whatever install put on this host, and leave all else as it is. What is
 there is found without flags: whatever user, comments or variant of iptables it
-was installed with.
+was installed with, whichever version installed it, and Kuma's own installers too.
 
-Each flag but --output has a variable KUMA_TRANSPARENT_PROXY_*, which it wins over.`
+Connections that are redirected at that moment are cut, and their number is said;
+--drain gives them time, while new ones already go direct.
+
+Each flag but --drain and --output has a variable KUMA_TRANSPARENT_PROXY_*, which it wins over.`
 
 const uninstallExample = `  kumactl uninstall transparent-proxy
-  kumactl uninstall transparent-proxy --dry-run`
+  kumactl uninstall transparent-proxy --dry-run
+  kumactl uninstall transparent-proxy --drain 30s`
 
 // UninstallTransparentProxy returns the command transparent-proxy that puts a
 // host back as it was before InstallTransparentProxy's, for mounting under an
@@ -33,7 +37,9 @@ func UninstallTransparentProxy(o Options) *cobra.Command {
 			return uninstall(cmd, args, o)
 		},
 	}
-	addFlags(cmd, []flagGroup{{"The host", lockFlags()}, {"This run", runFlags()}})
+	addFlags(cmd, []flagGroup{{"Connections", []flag{
+		{"drain", "0s", "`duration` for which redirected connections may go on; 0s cuts them at once"},
+	}}, {"The host", lockFlags()}, {"This run", runFlags()}})
 	return cmd
 }
 
@@ -42,6 +48,7 @@ func uninstall(cmd *cobra.Command, args []string, o Options) error {
 	loaded := p.load(Loader{Environ: uninstallEnviron()}, nil)
 	r, c := p.run(loaded.Settings), loaded.Config
 	p.lock(&c)
+	drain := p.duration("drain", "30s or 5m")
 	if err := p.err(); err != nil {
 		return err
 	}
@@ -49,6 +56,7 @@ func uninstall(cmd *cobra.Command, args []string, o Options) error {
 	p.logSources(log, c)
 	report, err := o.runner(log).Remove(cmd.Context(), exec.RemoveOptions{
 		DryRun: r.DryRun,
+		Drain:  drain,
 		Wait:   c.Wait, WaitInterval: c.WaitInterval,
 		MaxRetries: c.MaxRetries, SleepBetweenRetries: c.SleepBetweenRetries,
 	})
