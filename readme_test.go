@@ -21,9 +21,11 @@ type block struct {
 
 var fenced = regexp.MustCompile("(?ms)^```([^\n]*)\n(.*?)^```$")
 
-func blocks(t *testing.T) (out []block) {
+func blocks(t *testing.T) []block { return blocksOf(t, "README.md") }
+
+func blocksOf(t *testing.T, file string) (out []block) {
 	t.Helper()
-	for _, m := range fenced.FindAllStringSubmatch(read(t, "README.md"), -1) {
+	for _, m := range fenced.FindAllStringSubmatch(read(t, file), -1) {
 		out = append(out, block{m[1], m[2]})
 	}
 	return out
@@ -63,10 +65,25 @@ func undented(text string) string {
 	return regexp.MustCompile(`(?m)^\t+`).ReplaceAllString(text, "")
 }
 
-// What README.md shows of a result file stands there, line by line.
+// What README.md and the guides show of a result file stands there, line by line.
 func TestReadmeExcerpts(t *testing.T) {
-	readme := read(t, "README.md")
-	for _, b := range blocks(t) {
+	for _, file := range append(guides(t), "README.md") {
+		excerpts(t, file)
+	}
+}
+
+func guides(t *testing.T) []string {
+	t.Helper()
+	files, err := filepath.Glob("docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
+}
+
+func excerpts(t *testing.T, guide string) {
+	readme := read(t, guide)
+	for _, b := range blocksOf(t, guide) {
 		file, is := strings.CutPrefix(b.info, "text from ")
 		if !is {
 			continue
@@ -78,12 +95,12 @@ func TestReadmeExcerpts(t *testing.T) {
 		lines := strings.SplitAfter(b.text, "\n")
 		start := strings.Index(results, lines[0])
 		if !*update || start < 0 {
-			t.Errorf("not in %s; go test . -args -update takes it over:\n%s", file, b.text)
+			t.Errorf("%s: not in %s; go test . -args -update takes it over:\n%s", guide, file, b.text)
 			continue
 		}
 		now := strings.Join(strings.SplitAfter(results[start:], "\n")[:len(lines)-1], "")
 		readme = strings.Replace(readme, b.text, now, 1)
-		if err := os.WriteFile("README.md", []byte(readme), 0o644); err != nil {
+		if err := os.WriteFile(guide, []byte(readme), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -132,6 +149,39 @@ func TestReadmeFigures(t *testing.T) {
 	}
 	if found == 0 {
 		t.Error("no figure is marked")
+	}
+}
+
+var (
+	testName = regexp.MustCompile("`(Test[A-Za-z0-9]+)`")
+	testFunc = regexp.MustCompile(`(?m)^func (Test[A-Za-z0-9]+)\(`)
+)
+
+// Every test that a guide names is there.
+func TestGuidesNameTests(t *testing.T) {
+	there := map[string]bool{}
+	err := filepath.WalkDir(".", func(path string, _ os.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		for _, m := range testFunc.FindAllStringSubmatch(read(t, path), -1) {
+			there[m[1]] = true
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := 0
+	for _, file := range guides(t) {
+		for _, m := range testName.FindAllStringSubmatch(read(t, file), -1) {
+			if named++; !there[m[1]] {
+				t.Errorf("%s names %s, which is not there", file, m[1])
+			}
+		}
+	}
+	if named == 0 {
+		t.Error("no guide names a test")
 	}
 }
 

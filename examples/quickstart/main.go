@@ -22,6 +22,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -128,15 +129,17 @@ func script(p *page, plan *tproxy.Plan) {
 		same := 0
 		for line := range strings.Lines(string(plan.Rules.IPTables(f))) {
 			line = strings.TrimSpace(line)
-			head, rest, commented := strings.Cut(line, ` -m comment --comment "`)
-			why, tail, _ := strings.Cut(rest, `"`)
+			head, rest, commented := strings.Cut(line, ` -m comment --comment `)
+			quoted, err := strconv.QuotedPrefix(rest)
+			why, _ := strconv.Unquote(quoted)
+			tail := strings.TrimPrefix(rest, quoted)
 			switch rule := head + tail; {
-			case !commented:
+			case !commented || err != nil:
 				lines = append(lines, "  "+line)
-			case written[rule]:
+			case written[line]:
 				same++
 			default:
-				written[rule] = true
+				written[line] = true
 				lines = append(lines, p.paint("  # "+strings.TrimPrefix(why, jumpComment), dim), "  "+rule)
 			}
 		}

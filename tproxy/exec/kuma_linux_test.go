@@ -208,17 +208,51 @@ func TestMovingOverUnderLoad(t *testing.T) {
 						w.on(string(rules.Transition(f, w.found(f).Ours, before[f])), w.program(f, "restore"), "--noflush")
 					}
 				}
-				tallies, alive, held := load.Stop()
-				for _, s := range tallies {
-					if s.Right == 0 || s.Wrong > 0 || s.Broken > 0 {
-						w.Errorf("%s: %d right, %d wrong, %d broken", s.Name, s.Right, s.Wrong, s.Broken)
-					}
-				}
-				if alive != held {
-					w.Errorf("%d of %d long-lived connections live on", alive, held)
-				}
+				unharmed(w, load)
 			})
 		})
+	}
+}
+
+// A re-install under load, with another configuration and back, lets no connection
+// escape and resets none of those from before (K21). bench/upgrade does it longer, and
+// shows what an uninstall and an install cost instead.
+func TestReinstallUnderLoad(t *testing.T) {
+	eachVariant(t, func(w *world) {
+		w.serve()
+		w.proxy(netlab.Answer)
+		configs := []tproxy.Config{
+			{Inbound: tproxy.Inbound{ExcludePorts: rules.MustPorts("8080")}},
+			{Inbound: tproxy.Inbound{ExcludePorts: rules.MustPorts("8080,9000-9010")}, DNS: tproxy.DNS{CaptureAll: true}},
+		}
+		w.install(configs[0])
+		load, err := w.Load(
+			netlab.Stream{Name: "in", From: w.Client, To: netip.AddrPortFrom(netlab.Host6, 80), Want: "in", Else: "app", Held: 10},
+			netlab.Stream{Name: "out", From: w.Host, UID: appUID, To: netip.AddrPortFrom(netlab.Internet4, 443), Want: "out", Else: "remote", Held: 10},
+			netlab.Stream{Name: "excluded", From: w.Client, To: netip.AddrPortFrom(netlab.Host4, 8080), Want: "app", Else: "in"})
+		if err != nil {
+			w.Fatal(err)
+		}
+		for i := range 10 {
+			if r := w.install(configs[(i+1)%2]); !r.Changed {
+				w.Error("nothing changed")
+			}
+		}
+		unharmed(w, load)
+	})
+}
+
+// unharmed ends the load: every connection went where it should.
+func unharmed(w *world, load *netlab.Load) {
+	w.Helper()
+	tallies, alive, held := load.Stop()
+	for _, s := range tallies {
+		if s.Right == 0 || s.Wrong > 0 || s.Broken > 0 {
+			w.Errorf("%s: %d right, %d wrong, %d broken", s.Name, s.Right, s.Wrong, s.Broken)
+		}
+	}
+	if alive != held {
+		w.Errorf("%d of %d long-lived connections live on", alive, held)
 	}
 }
 
