@@ -76,11 +76,12 @@ func (w *world) perTable() map[string]string {
 			}
 			for _, c := range set.Chains {
 				if c.Table == t {
-					text := c.Name
+					var text strings.Builder
+					text.WriteString(c.Name)
 					for _, r := range c.Rules {
-						text += "\n  " + r.String()
+						text.WriteString("\n  " + r.String())
 					}
-					chains = append(chains, text)
+					chains = append(chains, text.String())
 				}
 			}
 			slices.Sort(chains)
