@@ -1,8 +1,10 @@
 package exec_test
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	osexec "os/exec"
@@ -278,6 +280,9 @@ func child(order string) int {
 		_, err = runner.Remove(context.Background(), exec.RemoveOptions{})
 	} else {
 		c := faultConfig
+		if name == "other" {
+			c = faultOther
+		}
 		c.Backend = b
 		host, probeErr := runner.Probe(context.Background(), c.Needs())
 		host.RemoteShells = nil
@@ -295,18 +300,77 @@ func child(order string) int {
 	return 0
 }
 
-// killAt makes a change in a process of its own and kills it after that time.
-func (w *world) killAt(name string, after time.Duration) {
-	w.Helper()
+// child is the program that makes a change.
+func (w *world) child(name string) *osexec.Cmd {
 	cmd := osexec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), childMarker+"="+name+"/"+w.backend.String())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	return cmd
+}
+
+// killAt makes a change in a process of its own and kills it after that time.
+func (w *world) killAt(name string, after time.Duration) {
+	w.Helper()
+	cmd := w.child(name)
 	if err := w.In(w.Host, cmd.Start); err != nil {
 		w.Fatal(err)
 	}
 	time.Sleep(after)
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
+}
+
+// Two runs at the same time, each a process of its own, end as one of them.
+func TestTwoAtOnce(t *testing.T) {
+	eachVariant(t, func(w *world) {
+		ends := map[string]map[string]string{}
+		for _, name := range []string{"install", "other", "uninstall"} {
+			if err := w.inChild(name)(); err != nil {
+				w.Fatal(err)
+			}
+			ends[name] = w.perTable()
+		}
+		won := map[string]int{}
+		for i, pair := range slices.Repeat([][2]string{{"install", "other"}, {"install", "uninstall"}, {"other", "uninstall"}, {"install", "install"}}, 4) {
+			if i%2 == 1 {
+				w.install(faultOther)
+			}
+			waits := []func() error{w.inChild(pair[0]), w.inChild(pair[1])}
+			for k, wait := range waits {
+				if err := wait(); err != nil {
+					w.Errorf("%s: %v", pair[k], err)
+				}
+			}
+			now := w.perTable()
+			switch {
+			case maps.Equal(now, ends[pair[0]]):
+				won[pair[0]]++
+			case maps.Equal(now, ends[pair[1]]):
+				won[pair[1]]++
+			default:
+				w.Errorf("%s and %s at once: neither", pair[0], pair[1])
+				w.sameTables(pair[0], now, ends[pair[0]])
+			}
+		}
+		w.Logf("ended as %v", won)
+	})
+}
+
+// inChild begins a change in a process of its own, and returns how it ends.
+func (w *world) inChild(name string) (wait func() error) {
+	w.Helper()
+	var says bytes.Buffer
+	cmd := w.child(name)
+	cmd.Stderr = &says
+	if err := w.In(w.Host, cmd.Start); err != nil {
+		w.Fatal(err)
+	}
+	return func() error {
+		if err := cmd.Wait(); err != nil {
+			return fmt.Errorf("%w: %s", err, says.String())
+		}
+		return nil
+	}
 }
 
 // waitForLock returns when nobody of us works on the host any more.

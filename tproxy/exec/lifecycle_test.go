@@ -3,6 +3,7 @@ package exec
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -10,6 +11,7 @@ import (
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+	"github.com/kumahq/kuma-tproxy/tproxy/tproxytest"
 )
 
 // lifecycle drives a fake host through installs, removals, foreign edits and
@@ -18,6 +20,8 @@ import (
 type lifecycle struct {
 	m       *fakeMachine
 	foreign int // rules made so far
+	// alone is a host on which the others work without us.
+	alone map[string]*tproxytest.Netfilter
 }
 
 var configs = []tproxy.Config{
@@ -119,16 +123,35 @@ func (l *lifecycle) edit(t *rapid.T) {
 	place := rapid.SampledFrom([]string{"-A " + chain, "-I " + chain + " 1"}).Draw(t, "place")
 	l.foreign++
 	script := fmt.Sprintf("*nat\n%s -p tcp -m tcp --dport %d -m comment --comment \"foreign: mentions KUMA_MESH_INBOUND\" -j ACCEPT\nCOMMIT\n", place, 1000+l.foreign%60000)
-	if err := l.m.netfilter[p].Restore([]byte(script), nil); err != nil {
-		t.Fatalf("foreign edit: %v", err)
+	for _, n := range []*tproxytest.Netfilter{l.m.netfilter[p], l.alone[p]} {
+		if err := n.Restore([]byte(script), nil); err != nil {
+			t.Fatalf("foreign edit: %v", err)
+		}
+	}
+}
+
+// beset makes f happen while others change their rules, before any of its programs.
+func (l *lifecycle) beset(f func(*rapid.T)) func(*rapid.T) {
+	return func(t *rapid.T) {
+		edits := rapid.SliceOfN(rapid.IntRange(0, 12), 1, 5).Draw(t, "edits before program")
+		n := 0
+		l.m.onRun = func(command) (result, bool) {
+			if slices.Contains(edits, n) {
+				l.edit(t)
+			}
+			n++
+			return result{}, false
+		}
+		defer func() { l.m.onRun = nil }()
+		f(t)
 	}
 }
 
 // foreignText is everything that is not ours, in order.
-func (l *lifecycle) foreignText() string {
+func foreignText(netfilter map[string]*tproxytest.Netfilter) string {
 	var b strings.Builder
 	for _, p := range prefixes {
-		for line := range strings.Lines(string(l.m.netfilter[p].Save())) {
+		for line := range strings.Lines(string(netfilter[p].Save())) {
 			if strings.Contains(line, "foreign:") {
 				b.WriteString(p + " " + line)
 			}
@@ -140,13 +163,12 @@ func (l *lifecycle) foreignText() string {
 func TestLifecycle(t *testing.T) {
 	proc := fakeProc(t)
 	rapid.Check(t, func(t *rapid.T) {
-		l := &lifecycle{m: newFakeMachineAt(proc)}
-		var foreign string
+		l := &lifecycle{m: newFakeMachineAt(proc), alone: newFakeMachineAt(proc).netfilter}
 		untouched := func(f func(*rapid.T)) func(*rapid.T) {
 			return func(t *rapid.T) {
 				f(t)
-				if now := l.foreignText(); now != foreign {
-					t.Fatalf("foreign rules changed from\n%s\nto\n%s", foreign, now)
+				if now, want := foreignText(l.m.netfilter), foreignText(l.alone); now != want {
+					t.Fatalf("foreign rules are\n%s\nand without us\n%s", now, want)
 				}
 			}
 		}
@@ -155,7 +177,12 @@ func TestLifecycle(t *testing.T) {
 			"remove": untouched(l.remove),
 			"kill":   untouched(l.killed),
 			"kill2":  untouched(l.killedRemoval),
-			"edit":   func(t *rapid.T) { l.edit(t); foreign = l.foreignText() },
+			"edit":   untouched(l.edit),
+
+			"apply while others write":  untouched(l.beset(l.apply)),
+			"remove while others write": untouched(l.beset(l.remove)),
+			"kill while others write":   untouched(l.beset(l.killed)),
+			"kill2 while others write":  untouched(l.beset(l.killedRemoval)),
 		})
 		l.remove(t)
 	})
