@@ -41,7 +41,7 @@ func (e *OwnedError) Remedy() string {
 		return e.resolved(a)
 	case NetworkManager:
 		return "with dns=dnsmasq in NetworkManager.conf(5), a file /etc/NetworkManager/dnsmasq.d/kuma.conf with the line server=/" + mesh + "/" + a +
-			" sends the names of the mesh alone to the control plane; or nmcli connection modify NAME +ipv4.dns (+ipv6.dns) " + a + " ipv4.dns-priority -1 for every name; or set dns=none in its section [main], reload it, and install again: then the file is yours"
+			" sends the names of the mesh alone to the control plane (dnsmasq(8)); or nmcli connection modify NAME ipv4.dns '" + a + " OTHERS', ipv6.dns for an IPv6 address, in the order in which they are to be asked (nmcli(1)); or set dns=none in its section [main], reload it, and install again: then the file is yours"
 	case Openresolv:
 		return "set name_servers=" + strconv.Quote(a) + " in /etc/resolvconf.conf (resolvconf.conf(5)), and run resolvconf -u"
 	case DebianResolvconf:
@@ -68,7 +68,7 @@ func (e *OwnedError) Remedy() string {
 // control plane.
 func (e *OwnedError) resolved(a string) string {
 	delegate := fmt.Sprintf("a file /etc/systemd/dns-delegate.d/kuma.dns-delegate with the lines [Delegate], DNS=%s and Domains=~%s (systemd.dns-delegate(5)), and systemctl restart systemd-resolved", a, mesh)
-	link := fmt.Sprintf("on an interface of its own, for it replaces the servers that the interface has: resolvectl dns IFACE %s, resolvectl domain IFACE '~%s', resolvectl default-route IFACE false (resolvectl(1)), again after each restart of systemd-resolved; or the same in a file of systemd.network(5): DNS=%s, Domains=~%s, DNSDefaultRoute=no", a, mesh, a, mesh)
+	link := fmt.Sprintf("on an interface of its own, for it replaces the servers that the interface has: resolvectl dns IFACE %s, resolvectl domain IFACE '~%s', resolvectl default-route IFACE false (resolvectl(1)), again after each boot; or the same in a file of systemd.network(5): DNS=%s, Domains=~%s, DNSDefaultRoute=no", a, mesh, a, mesh)
 	drop := fmt.Sprintf("DNS=%s and Domains=~%s in resolved.conf(5) is no way: its servers are asked for every name that no other routing domain matches, not for %s alone (systemd-resolved.service(8))", a, mesh, mesh)
 	switch {
 	case e.Systemd >= delegateVersion:

@@ -47,33 +47,36 @@ func remove(t testing.TB, m Manager) Removal {
 	return r
 }
 
+var places = []struct {
+	name string
+	make func(d *disk) Manager
+	how  How
+}{
+	{"a file", func(d *disk) Manager { d.put(DefaultPath, byHandText); return manager(d) }, Replace},
+	{"a mounted file", func(d *disk) Manager { d.put(DefaultPath, byHandText); return bound(d) }, InPlace},
+	{"a mount that mountinfo does not show", func(d *disk) Manager {
+		d.put(DefaultPath, byHandText)
+		d.busy[DefaultPath] = true
+		return manager(d)
+	}, InPlace},
+	{"empty", func(d *disk) Manager { d.put(DefaultPath, ""); return manager(d) }, Replace},
+	{"missing", manager, Create},
+	{"a link", func(d *disk) Manager {
+		d.put("/srv/resolv.conf", byHandText).symlink(DefaultPath, "../srv/resolv.conf")
+		return manager(d)
+	}, Replace},
+	{"a mount behind a link", func(d *disk) Manager {
+		d.put("/srv/resolv.conf", byHandText).symlink(DefaultPath, "../srv/resolv.conf")
+		m := manager(d)
+		m.Env.Mounts = ParseMounts([]byte(hostMounts + "41 22 254:0 /x /srv/resolv.conf rw - ext4 /dev/vda rw\n"))
+		return m
+	}, InPlace},
+}
+
+const byHandText = "# by hand\nnameserver 10.0.0.1\n"
+
 func TestInstallAndRemove(t *testing.T) {
-	const text = "# by hand\nnameserver 10.0.0.1\n"
-	for _, test := range []struct {
-		name string
-		make func(d *disk) Manager
-		how  How
-	}{
-		{"a file", func(d *disk) Manager { d.put(DefaultPath, text); return manager(d) }, Replace},
-		{"a mounted file", func(d *disk) Manager { d.put(DefaultPath, text); return bound(d) }, InPlace},
-		{"a mount that mountinfo does not show", func(d *disk) Manager {
-			d.put(DefaultPath, text)
-			d.busy[DefaultPath] = true
-			return manager(d)
-		}, InPlace},
-		{"empty", func(d *disk) Manager { d.put(DefaultPath, ""); return manager(d) }, Replace},
-		{"missing", manager, Create},
-		{"a link", func(d *disk) Manager {
-			d.put("/srv/resolv.conf", text).symlink(DefaultPath, "../srv/resolv.conf")
-			return manager(d)
-		}, Replace},
-		{"a mount behind a link", func(d *disk) Manager {
-			d.put("/srv/resolv.conf", text).symlink(DefaultPath, "../srv/resolv.conf")
-			m := manager(d)
-			m.Env.Mounts = ParseMounts([]byte(hostMounts + "41 22 254:0 /x /srv/resolv.conf rw - ext4 /dev/vda rw\n"))
-			return m
-		}, InPlace},
-	} {
+	for _, test := range places {
 		d := newDisk(t)
 		m := test.make(d)
 		target := DefaultPath
@@ -573,6 +576,10 @@ func TestSwappedBetweenReadAndWrite(t *testing.T) {
 			t.Errorf("%s: %v after %d attempts; %q", name, err, n, d.files())
 		}
 	}
+}
+
+func TestChangedInOtherWays(t *testing.T) {
+	const text, theirs = "nameserver 10.0.0.1\n", "# theirs\nnameserver 10.7.7.7\n"
 	// Only the owner was changed.
 	d := newDisk(t).put(DefaultPath, text)
 	d.step = func(op, name string) error {

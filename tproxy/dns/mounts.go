@@ -102,8 +102,8 @@ func mountOf(mounts []Mount, name string) (Mount, bool) {
 	return cur, true
 }
 
-// Namespaces are the identities of network namespaces, as readlink of
-// /proc/PID/ns/net gives them; empty where that cannot be read.
+// Namespaces are the identities of network namespaces, ours and that of process 1:
+// any text that is the same for the same one, and empty where it cannot be told.
 type Namespaces struct {
 	Self, Init string
 	// InitMounts are the mounts of process 1. A mount that is among them is the
@@ -121,7 +121,7 @@ type NamespaceError struct {
 }
 
 func (e *NamespaceError) Error() string {
-	which := "is not that of process 1 (" + e.Self + " and " + e.Init + ")"
+	which := "is not that of process 1"
 	if e.Self == "" || e.Init == "" {
 		which = "cannot be told from that of process 1"
 	}

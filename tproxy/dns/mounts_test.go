@@ -97,3 +97,15 @@ func TestMayWrite(t *testing.T) {
 		}
 	}
 }
+
+func FuzzMounts(f *testing.F) {
+	f.Add([]byte(dockerMounts), "/etc/resolv.conf")
+	f.Add([]byte(netnsMounts+"42 41 0:1 / /etc/resolv.conf ro - tmpfs x rw\n"), "/etc/resolv.conf")
+	f.Add([]byte("1 1 0:1 \\057 / rw - x y rw"), "/")
+	f.Fuzz(func(t *testing.T, text []byte, path string) {
+		mounts := ParseMounts(text)
+		if m, ok := mountOf(mounts, path); ok && m.Point != "/" && !strings.HasPrefix(path, m.Point) {
+			t.Fatalf("%q is not on %+v", path, m)
+		}
+	})
+}

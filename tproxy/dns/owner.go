@@ -209,6 +209,9 @@ func (t *trail) linked() (Mode, bool) {
 	case strings.HasPrefix(target, "/run/NetworkManager/"):
 		return NetworkManager, true
 	case strings.HasPrefix(target, "/run/resolvconf/"), strings.HasPrefix(target, "/etc/resolvconf/run/"):
+		if t.header() == WSL {
+			return WSL, true
+		}
 		return t.resolvconf(), true
 	case strings.HasPrefix(target, "/run/netconfig/"):
 		return Netconfig, true
