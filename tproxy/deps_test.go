@@ -32,7 +32,7 @@ var imports = map[string]struct {
 	"tproxy/kube":    {true, []string{"tproxy", "tproxy/rules"}},
 	// exec walks the host's own filter to say what it does to in (contract 4.9).
 	"tproxy/exec":              {false, []string{"tproxy", "tproxy/rules", "tproxy/sim", "tproxy/dns", "tproxy/persist", "tproxy/exec/internal/..."}},
-	"tproxy/exec/internal/...": {false, []string{"tproxy", "tproxy/rules", "tproxy/exec/internal/..."}},
+	"tproxy/exec/internal/...": {false, []string{"tproxy", "tproxy/rules", "tproxy/dns", "tproxy/exec/internal/..."}},
 	"tproxy/tproxytest":        {false, []string{"tproxy", "tproxy/rules", "tproxy/sim"}},
 	// netlab is the namespaces of tests, demo and benchmarks.
 	"internal/netlab": {false, []string{"internal/netlab"}},

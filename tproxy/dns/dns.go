@@ -1,11 +1,16 @@
-// Package dns reads resolv.conf. It is pure: bytes come in, and who reads the
-// file is the caller's affair.
+// Package dns reads and edits resolv.conf. Parse, Format and the editing of our
+// own line are pure: bytes come in and bytes go out. [Owner] says who manages the
+// file, from an [Env] that the caller observed. [Manager] installs our nameserver
+// and takes it out again, with a backup, over a small [FS]; the package itself
+// touches no file.
 package dns
 
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -14,6 +19,10 @@ import (
 // <resolv.h>, and the same in musl (src/network/lookup.h).
 const MaxNameservers = 3
 
+// MaxSize is how long a resolv.conf may be to be edited, in bytes. The longest
+// that is of use to anybody has a few hundred.
+const MaxSize = 64 << 10
+
 // Default is the nameserver that the C library asks when resolv.conf is
 // missing or names none: the one on this host (resolv.conf(5)). Parse does not
 // put it in: whether to count it is the caller's choice.
@@ -21,6 +30,12 @@ func Default() netip.Addr { return netip.AddrFrom4([4]byte{127, 0, 0, 1}) }
 
 // Config is what a resolv.conf says.
 type Config struct {
+	// Lines are all lines, in the order of the file. [Format] writes them; the
+	// other fields are what Parse read in them.
+	Lines []Line
+	// Unterminated is whether the last line lacks its line feed.
+	Unterminated bool
+
 	// Nameservers are all that are listed, in the order of the file, with
 	// duplicates. An IPv6 address has the zone that the file gives it.
 	//
@@ -29,6 +44,11 @@ type Config struct {
 	// out would go past the proxy, while a rule for one that nobody asks costs
 	// nothing.
 	Nameservers []netip.Addr
+	// Search is the search list: that of the last "search" or "domain" that
+	// names one, for they replace each other (resolv.conf(5)).
+	Search []string
+	// Options are those of all "options" lines, for they add up.
+	Options []string
 	// Ignored are the lines that look like a nameserver and are none.
 	Ignored []Line
 }
@@ -36,8 +56,15 @@ type Config struct {
 // Line is a line of the file.
 type Line struct {
 	Number int    // from 1
-	Text   string // without the line feed
-	Why    string // why it is ignored
+	Text   string // without the line feed; a carriage return is part of it
+	// Keyword is what the C library reads the line as: nameserver, domain, search,
+	// options or sortlist. It is empty for comments, blank lines, and for what
+	// the library passes over.
+	Keyword string
+	// Address is the nameserver that the line names, if it does.
+	Address netip.Addr
+	// Why is the reason for which a line that looks like a nameserver is none.
+	Why string
 }
 
 // Used returns the nameservers that the C library asks: the first three. There
@@ -47,30 +74,87 @@ func (c Config) Used() []netip.Addr {
 	return c.Nameservers[:n:n]
 }
 
-// Parse reads a resolv.conf; any bytes are one. A line names a nameserver when
-// glibc (resolv/res_init.c, res_vinit_1) or musl (src/network/resolvconf.c)
-// reads it so: the keyword at the very start of the line, white space, an
-// address, and whatever follows behind white space. Where they differ, the more
-// lenient one counts, for its queries have to be captured too: a carriage
-// return is white space to musl and not to glibc 2.36, which then reads none.
+// Parse reads a resolv.conf; any bytes are one, and Format gives the same bytes
+// again. A line names a nameserver when glibc (resolv/res_init.c, res_vinit_1) or
+// musl (src/network/resolvconf.c) reads it so: the keyword at the very start of
+// the line, white space, an address, and whatever follows behind white space.
+// Where they differ, the more lenient one counts, for its queries have to be
+// captured too: a carriage return is white space to musl and not to glibc 2.36,
+// which then reads none.
 //
 // A line that starts with '#' or ';' is a comment. Behind an address, these
 // signs begin one only after white space.
 func Parse(text []byte) Config {
-	var c Config
-	number := 0
-	for line := range bytes.Lines(text) {
-		number++
-		whole := strings.TrimSuffix(string(line), "\n")
-		a, why := nameserver(whole)
+	c := Config{Unterminated: len(text) > 0 && text[len(text)-1] != '\n'}
+	for raw := range bytes.Lines(text) {
+		l := Line{Number: len(c.Lines) + 1, Text: strings.TrimSuffix(string(raw), "\n")}
+		values := l.read()
 		switch {
-		case a.IsValid():
-			c.Nameservers = append(c.Nameservers, a)
-		case why != "":
-			c.Ignored = append(c.Ignored, Line{number, whole, why})
+		case l.Address.IsValid():
+			c.Nameservers = append(c.Nameservers, l.Address)
+		case l.Why != "":
+			c.Ignored = append(c.Ignored, l)
+		case l.Keyword == "domain" && len(values) > 0:
+			c.Search = values[:1]
+		case l.Keyword == "search" && len(values) > 0:
+			c.Search = values
+		case l.Keyword == "options":
+			c.Options = append(c.Options, values...)
 		}
+		c.Lines = append(c.Lines, l)
 	}
 	return c
+}
+
+// Format writes the lines of a Config as they were read, byte for byte.
+func Format(c Config) []byte {
+	var b bytes.Buffer
+	for i, l := range c.Lines {
+		b.WriteString(l.Text)
+		if i < len(c.Lines)-1 || !c.Unterminated {
+			b.WriteByte('\n')
+		}
+	}
+	return b.Bytes()
+}
+
+// TextError says why a text is no resolv.conf to edit.
+type TextError struct{ Why string }
+
+func (e *TextError) Error() string { return "no resolv.conf to edit: " + e.Why }
+
+// CheckText returns a *TextError for what is too long, or binary: to add a line
+// to such a file would make of somebody's mistake one of ours. White space and
+// every byte from 0x80 are text; other control characters are not.
+func CheckText(text []byte) error {
+	if len(text) > MaxSize {
+		return &TextError{fmt.Sprintf("it is longer than %d bytes, the most that is accepted", MaxSize)}
+	}
+	for i, b := range text {
+		if b < 0x20 && !strings.ContainsRune(white, rune(b)) || b == 0x7f {
+			return &TextError{fmt.Sprintf("byte %d is 0x%02x, a control character: the file is binary, and only text is accepted", i, b)}
+		}
+	}
+	return nil
+}
+
+// keywords are those that resolv.conf(5) lists.
+var keywords = []string{keyword, "domain", "search", "options", "sortlist"}
+
+// read fills in what the line says, and returns its values.
+func (l *Line) read() (values []string) {
+	if l.Address, l.Why = nameserver(l.Text); l.Address.IsValid() {
+		l.Keyword = keyword
+		return nil
+	}
+	// A C string ends at NUL.
+	text, _, _ := strings.Cut(l.Text, "\x00")
+	i := strings.IndexAny(text, white)
+	if i < 0 || !slices.Contains(keywords, text[:i]) {
+		return nil
+	}
+	l.Keyword = text[:i]
+	return strings.FieldsFunc(text[i:], func(r rune) bool { return strings.ContainsRune(white, r) })
 }
 
 const keyword = "nameserver"
