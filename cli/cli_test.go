@@ -138,6 +138,10 @@ func (f fake) Probe(_ context.Context, n tproxy.Needs) (tproxy.Host, error) {
 	for a := range strings.FieldsSeq(os.Getenv("NAMESERVERS")) {
 		h.Nameservers = append(h.Nameservers, netip.MustParseAddr(a))
 	}
+	if n.Nameserver != nil {
+		h.Nameserver.Refused = os.Getenv("MANAGED")
+		f.log.Debug("nameserver", "shared", n.Nameserver.Shared)
+	}
 	if why := os.Getenv("UNKNOWN"); why != "" {
 		there := tproxy.Programs{Save: "/usr/sbin/x-save", Restore: "/usr/sbin/x-restore"}
 		h.Variants = []tproxy.Variant{{Backend: tproxy.IPTablesNFT, IPv4: there, IPv6: there, Unknown: why}}

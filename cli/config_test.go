@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -209,6 +210,7 @@ var flagOf = map[string]string{
 	"redirect.outbound.insertRedirectInsteadOfAppend": "redirect-outbound-insert-instead-of-append",
 	"redirect.dns.enabled":                            "redirect-dns", "redirect.dns.captureAll": "redirect-all-dns-traffic",
 	"redirect.dns.port": "redirect-dns-port", "redirect.dns.skipConntrackZoneSplit": "skip-dns-conntrack-zone-split",
+	"redirect.dns.controlPlaneIP": "kuma-cp-ip", "redirect.dns.modifySharedResolvConfig": "modify-resolv-conf",
 	"redirect.dns.resolvConfigPath": "resolv-conf", "redirect.vnet.networks": "vnet",
 	"dropInvalidPackets": "drop-invalid-packets", "log.enabled": "iptables-logs", "wait": "wait", "waitInterval": "wait-interval",
 	"retry.maxRetries": "max-retries", "retry.sleepBetweenRetries": "sleep-between-retries", "storeFirewalld": "store-firewalld",
@@ -274,6 +276,8 @@ var envOf = func() map[string]string {
 		"redirect.dns.port":                        "REDIRECT_DNS_PORT",
 		"redirect.dns.skipConntrackZoneSplit":      "REDIRECT_DNS_SKIP_CONNTRACK_ZONE_SPLIT",
 		"redirect.dns.resolvConfigPath":            "REDIRECT_DNS_RESOLV_CONFIG_PATH",
+		"redirect.dns.controlPlaneIP":              "REDIRECT_DNS_CONTROL_PLANE_IP",
+		"redirect.dns.modifySharedResolvConfig":    "REDIRECT_DNS_MODIFY_SHARED_RESOLV_CONFIG",
 		"redirect.vnet.networks":                   "REDIRECT_VNET_NETWORKS",
 		"redirect.inbound.captureSSH":              "REDIRECT_INBOUND_CAPTURE_SSH",
 		"dropInvalidPackets":                       "DROP_INVALID_PACKETS",
@@ -365,6 +369,7 @@ var values = map[string]pair{
 	"redirect.outbound.excludePortsForUIDs": {`["tcp:22,80-90:1000-1005","*:*:7"]`, `["udp:53:8"]`},
 	"redirect.dns.enabled":                  {"true", "false"}, "redirect.dns.captureAll": {"true", "false"}, "redirect.dns.port": {"16053", "17053"},
 	"redirect.dns.skipConntrackZoneSplit": {"true", "false"}, "redirect.dns.resolvConfigPath": {`"/a"`, `"/b"`},
+	"redirect.dns.controlPlaneIP": {`"10.0.0.9"`, `"fd00::9"`}, "redirect.dns.modifySharedResolvConfig": {"true", "false"},
 	"wait": {"7", "0"}, "waitInterval": {"1", "2"}, "retry.maxRetries": {"0", "9"}, "retry.sleepBetweenRetries": {`"1s"`, `"0s"`},
 	"comments.disabled": {"true", "false"}, "cniMode": {"true", "false"}, "backend": {`"iptables-legacy"`, `"iptables-nft"`},
 
@@ -702,6 +707,8 @@ redirect:
     port: 16053
     skipConntrackZoneSplit: true
     resolvConfigPath: /run/resolv.conf
+    controlPlaneIP: 10.0.0.9
+    modifySharedResolvConfig: true
   vnet: {networks: []}
 ebpf: {enabled: false, instanceIP: "", instanceIPEnvVarName: INSTANCE_IP, bpffsPath: /a, cgroupPath: /b, programsSourcePath: /c, tcAttachIface: ""}
 dropInvalidPackets: false
@@ -750,6 +757,8 @@ func TestConfigsAreReadBack(t *testing.T) {
 		c.Wait = time.Duration(rapid.IntRange(-1, 100).Draw(t, "wait")) * time.Second
 		c.MaxRetries = rapid.IntRange(-1, 10).Draw(t, "retries")
 		c.SleepBetweenRetries = time.Duration(rapid.IntRange(-1, 1e9).Draw(t, "sleep"))
+		c.DNS.ControlPlane = rapid.SampledFrom([]netip.Addr{{}, netip.MustParseAddr("10.0.0.9"), netip.MustParseAddr("fe80::1%eth0")}).Draw(t, "control plane")
+		c.DNS.ModifyShared = rapid.Bool().Draw(t, "shared")
 		c.DNS.ResolvConf = rapid.SampledFrom([]string{"", "/etc/resolv.conf", "yes", "0x10", "a: b #c", "'\"\\", " x ", "~", "&a", "*a", "<<", "\u007f\u0085\u2028\ufeff", "-", "é\U0001f600"}).Draw(t, "path")
 		asJSON, err := json.MarshalIndent(c, "", rapid.SampledFrom([]string{"", "  ", "\t"}).Draw(t, "indent"))
 		if err != nil {

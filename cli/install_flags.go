@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/dns"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
@@ -46,7 +48,9 @@ func installFlags() []flagGroup {
 			{"redirect-all-dns-traffic", "false", "redirect every DNS query to the proxy, whomever it is sent to"},
 			{"redirect-dns-port", "15053", "`port` of the proxy for DNS queries"},
 			{"skip-dns-conntrack-zone-split", "false", "leave redirected queries in the default conntrack zone"},
-			{"resolv-conf", "/etc/resolv.conf", "`file` that names the nameservers for --redirect-dns"},
+			{"resolv-conf", "/etc/resolv.conf", "`file` that names the nameservers, for --redirect-dns and --kuma-cp-ip"},
+			{"kuma-cp-ip", "", "`address` of the control plane, which becomes the first nameserver of --resolv-conf"},
+			{"modify-resolv-conf", "true", "do that; given as true, also where the file is another network namespace's"},
 		}},
 		{"The host", append([]flag{
 			{"ip-family-mode", "dualstack", "`mode`: dualstack, or ipv4 to leave IPv6 untouched"},
@@ -245,6 +249,39 @@ func (p *parser) dns(d *tproxy.DNS) {
 	set(p, "redirect-dns-port", &d.Port, p.port)
 	set(p, "skip-dns-conntrack-zone-split", &d.SkipConntrackZoneSplit, p.bool)
 	set(p, "resolv-conf", &d.ResolvConf, p.text)
+	set(p, "kuma-cp-ip", &d.ControlPlane, p.server)
+	set(p, "modify-resolv-conf", &d.ModifyShared, p.bool)
+	if p.given("skip-resolv-conf") {
+		skip := p.bool("skip-resolv-conf")
+		if p.given("modify-resolv-conf") && skip == d.ModifyShared {
+			p.refuse("skip-resolv-conf", p.text("skip-resolv-conf"), "only --modify-resolv-conf")
+		}
+		p.deprecated("skip-resolv-conf", fmt.Sprintf("use --modify-resolv-conf=%t", !skip))
+		if skip {
+			d.ControlPlane = netip.Addr{}
+		}
+	}
+	if p.given("modify-resolv-conf") && !d.ModifyShared {
+		d.ControlPlane = netip.Addr{}
+	}
+	if d.ControlPlane.IsValid() && !p.bool("modify-iptables") {
+		p.refuse("kuma-cp-ip", d.ControlPlane.String(), "with --modify-iptables alone: the rules hold the record of it")
+	}
+}
+
+// server returns the address of a DNS server; none for an empty value.
+func (p *parser) server(name string) netip.Addr {
+	s := p.text(name)
+	if s == "" {
+		return netip.Addr{}
+	}
+	a, err := dns.ParseAddress(s)
+	if e, ok := errors.AsType[*dns.AddressError](err); ok {
+		p.refused[name] = true
+		p.fault(fmt.Sprintf("--%s: %q %s: accepted is %s", name, s, e.What, e.Accepted))
+		return netip.Addr{}
+	}
+	return a
 }
 
 func (p *parser) ipFamilyMode(name string) tproxy.IPFamilyMode {
@@ -392,6 +429,8 @@ func flagNames() map[string]string {
 		"redirect.dns.port":                     "redirect-dns-port",
 		"redirect.dns.skipConntrackZoneSplit":   "skip-dns-conntrack-zone-split",
 		"redirect.dns.resolvConfigPath":         "resolv-conf",
+		"redirect.dns.controlPlaneIP":           "kuma-cp-ip",
+		"redirect.dns.modifySharedResolvConfig": "modify-resolv-conf",
 		"retry.maxRetries":                      "max-retries",
 		"retry.sleepBetweenRetries":             "sleep-between-retries",
 		"verbose":                               "verbose",

@@ -40,11 +40,7 @@ var legacyFlags = []legacyFlag{
 	}},
 	{"exclude-outbound-tcp-ports-for-uids", "", legacyExclusions("tcp")},
 	{"exclude-outbound-udp-ports-for-uids", "", legacyExclusions("udp")},
-	{"skip-resolv-conf", "false", noEffect("resolv.conf is not modified")},
-	{"modify-resolv-conf", "true", onlyFalse("resolv.conf is not modified", "is not supported yet", "false; --redirect-dns sends queries to the proxy")},
-	{"kuma-cp-ip", "", func(p *parser, _ *tproxy.Config, name string) {
-		p.fault(fmt.Sprintf("--%s: %q is not supported yet: resolv.conf is not modified; --redirect-dns sends queries to the proxy", name, p.text(name)))
-	}},
+	{"skip-resolv-conf", "false", func(*parser, *tproxy.Config, string) {}}, // see parser.dns
 	{"redirect-dns-upstream-target-chain", "RETURN", func(p *parser, _ *tproxy.Config, name string) {
 		if s := p.text(name); s != "" && s != "RETURN" {
 			p.fault(fmt.Sprintf("--%s: %q is not supported: accepted is RETURN, which is what the proxy's own queries do", name, s))

@@ -16,7 +16,9 @@ was installed with, whichever version installed it, and Kuma's own installers to
 Connections that are redirected at that moment are cut, and their number is said;
 --drain gives them time, while new ones already go direct.
 
-Each flag but --drain and --output has a variable KUMA_TRANSPARENT_PROXY_*, which it wins over.`
+A nameserver that install put into resolv.conf goes too; the rules say into which file.
+
+Each flag but --drain, --resolv-conf and --output has a variable KUMA_TRANSPARENT_PROXY_*, which it wins over.`
 
 const uninstallExample = `  kumactl uninstall transparent-proxy
   kumactl uninstall transparent-proxy --dry-run
@@ -39,7 +41,9 @@ func UninstallTransparentProxy(o Options) *cobra.Command {
 	}
 	addFlags(cmd, []flagGroup{{"Connections", []flag{
 		{"drain", "0s", "`duration` for which redirected connections may go on; 0s cuts them at once"},
-	}}, {"The host", lockFlags()}, {"This run", runFlags()}})
+	}}, {"The host", append([]flag{
+		{"resolv-conf", "/etc/resolv.conf", "`file` to look for a nameserver of ours in, beside that of the install"},
+	}, lockFlags()...)}, {"This run", runFlags()}})
 	return cmd
 }
 
@@ -56,8 +60,8 @@ func uninstall(cmd *cobra.Command, args []string, o Options) error {
 	p.logSources(log, c)
 	report, err := o.runner(log).Remove(cmd.Context(), exec.RemoveOptions{
 		DryRun: r.DryRun,
-		Drain:  drain,
-		Wait:   c.Wait, WaitInterval: c.WaitInterval,
+		Drain:  drain, ResolvConf: p.text("resolv-conf"),
+		Wait: c.Wait, WaitInterval: c.WaitInterval,
 		MaxRetries: c.MaxRetries, SleepBetweenRetries: c.SleepBetweenRetries,
 	})
 	if err != nil && r.DryRun && unseen(err) {

@@ -112,8 +112,13 @@ func (c Config) faults() (out []ConfigFault) {
 			fault("redirect.outbound.excludePortsForUIDs", e, "names no user", "UIDs from 0 to 4294967294")
 		}
 	}
+	if a := c.DNS.ControlPlane; a.IsValid() && (a.IsUnspecified() || a.IsMulticast() || a.Is4In6()) {
+		fault("redirect.dns.controlPlaneIP", a, "is no address of a server", acceptedServer)
+	}
 	return append(out, c.patienceFaults()...)
 }
+
+const acceptedServer = "an IPv4 or IPv6 address of one machine, such as 10.0.0.53 or fd00::53"
 
 // patienceFaults are those of the waits and the retries.
 func (c Config) patienceFaults() (out []ConfigFault) {
@@ -175,6 +180,9 @@ func Build(c Config, h Host) (*Plan, error) {
 	if why := p.Host.IPv6Uncaptured; why != "" && p.Config.IPFamilyMode != IPv4Only {
 		refused = append(refused, Refusal{"IPv6 is up and cannot be redirected: " + why,
 			"switch it on there with sysctl net.ipv6.conf.lo.disable_ipv6=0, or leave IPv6 untouched with --ip-family-mode=ipv4"})
+	}
+	if why := p.Host.Nameserver.Refused; why != "" && p.Config.DNS.ControlPlane.IsValid() {
+		refused = append(refused, Refusal{why, "leave the file as it is with --modify-resolv-conf=false"})
 	}
 	refused = append(refused, p.lockout()...)
 	refused = append(refused, p.loops()...)
@@ -455,6 +463,10 @@ func (p *Plan) steps() {
 	// between leaves nothing that nobody owns.
 	if slices.Contains(p.Families, rules.IPv6) && !p.Host.PassthroughAddress {
 		p.Steps = append(p.Steps, addPassthrough)
+	}
+	if n := p.Config.Needs().Nameserver; n != nil {
+		n.do, n.undo = p.Host.Nameserver.Do, p.Host.Nameserver.Undo
+		p.Steps = append(p.Steps, *n)
 	}
 }
 

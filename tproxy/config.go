@@ -282,6 +282,13 @@ type DNS struct {
 	SkipConntrackZoneSplit bool
 	// ResolvConf is the path of resolv.conf; empty means /etc/resolv.conf.
 	ResolvConf string
+	// ControlPlane is the address of the control plane, whose DNS server on port 53
+	// becomes the first nameserver of ResolvConf, so that names in .mesh resolve. The
+	// zero Addr leaves the file as it is, without a nameserver that we put there.
+	ControlPlane netip.Addr
+	// ModifyShared writes ResolvConf also where it is the host's and this is another
+	// network namespace than the host's, which is refused otherwise.
+	ModifyShared bool
 }
 
 // On reports whether any query is to be redirected.

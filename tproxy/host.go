@@ -35,8 +35,19 @@ type Host struct {
 	// Variants are the variants of iptables that were found, in the order of
 	// preference.
 	Variants []Variant
+	// Nameserver is what is known of the resolv.conf that is to be changed.
+	Nameserver NameserverFile
 	// Notes is what the observer has to say and no rule shows.
 	Notes []string
+}
+
+// NameserverFile is a resolv.conf into which a nameserver is to go.
+type NameserverFile struct {
+	// Do and Undo say what an install does to it, and how that is taken back.
+	Do, Undo string
+	// Refused is the reason for which it must not be changed: somebody else manages
+	// it, or it is not this network namespace's.
+	Refused string
 }
 
 // User is a user of the machine's name service.
@@ -120,6 +131,9 @@ type Needs struct {
 	DefaultUser bool
 	// ResolvConf is the path of resolv.conf; empty when DNS is not redirected.
 	ResolvConf string
+	// Nameserver is what is to become the first nameserver of a resolv.conf; nil when
+	// nothing is.
+	Nameserver *PutNameserver
 	// IPv6 is whether the Config wants IPv6 redirected.
 	IPv6 bool
 	// RemoteShells is whether inbound connections are to be redirected.
@@ -134,6 +148,9 @@ func (c Config) Needs() Needs {
 	}
 	if c.DNS.On() {
 		n.ResolvConf = or(c.DNS.ResolvConf, DefaultResolvConf)
+	}
+	if a := c.DNS.ControlPlane; a.IsValid() {
+		n.Nameserver = &PutNameserver{Path: or(c.DNS.ResolvConf, DefaultResolvConf), Address: a, Shared: c.DNS.ModifyShared}
 	}
 	return n
 }

@@ -255,6 +255,8 @@ var keys = []key{
 	boolean("redirect.dns.skipConntrackZoneSplit", func(c *Config) *bool { return &c.DNS.SkipConntrackZoneSplit }, write[bool]),
 	field("redirect.dns.resolvConfigPath", Text, strconv.Quote(DefaultResolvConf), func(c *Config) *string { return &c.DNS.ResolvConf },
 		writeSet, readString("a path")),
+	field("redirect.dns.controlPlaneIP", Text, `""`, func(c *Config) *netip.Addr { return &c.DNS.ControlPlane }, writeAddress, readAddress),
+	boolean("redirect.dns.modifySharedResolvConfig", func(c *Config) *bool { return &c.DNS.ModifyShared }, writeTrue),
 	notYet("redirect.vnet.networks", List, "[]", `""`),
 
 	// Kuma had them from 2.9 to 2.12, and wrote them all, whether enabled or not.
@@ -415,6 +417,29 @@ func writeSet[T comparable](v T) any {
 		return nil
 	}
 	return v
+}
+
+func writeAddress(a netip.Addr) any {
+	if !a.IsValid() {
+		return nil
+	}
+	return a
+}
+
+func readAddress(a *netip.Addr, raw json.RawMessage) []ConfigFault {
+	var s string
+	if json.Unmarshal(raw, &s) != nil {
+		return bad(raw, "is not accepted", acceptedServer)
+	}
+	if *a = (netip.Addr{}); s == "" {
+		return nil
+	}
+	v, err := netip.ParseAddr(s)
+	if err != nil {
+		return bad(raw, "is no IP address", acceptedServer)
+	}
+	*a = v.Unmap()
+	return nil
 }
 
 func writeTrue(v bool) any { return writeSet(v) }

@@ -59,6 +59,18 @@ type RemoveRules struct {
 	Backend Backend
 }
 
+// PutNameserver makes an address the first nameserver of a resolv.conf, with a backup
+// of the file beside it.
+type PutNameserver struct {
+	Path    string
+	Address netip.Addr
+	// Shared is whether the file may be the host's, in another network namespace.
+	Shared bool
+
+	do, undo string // where the file was looked at
+}
+
+func (PutNameserver) step() {}
 func (AddAddress) step()   {}
 func (ReplaceRules) step() {}
 func (RemoveRules) step()  {}
@@ -67,6 +79,21 @@ func (s AddAddress) String() string { return fmt.Sprintf("ip address add %s dev 
 
 // Undo removes the address.
 func (s AddAddress) Undo() string { return fmt.Sprintf("ip address del %s dev lo", s.Prefix) }
+
+func (s PutNameserver) String() string {
+	if s.do != "" {
+		return s.do
+	}
+	return fmt.Sprintf("nameserver %s first in %s", s.Address, s.Path)
+}
+
+// Undo takes the nameserver out again.
+func (s PutNameserver) Undo() string {
+	if s.undo != "" {
+		return s.undo
+	}
+	return s.Path + " as it was; what somebody else changed meanwhile stays"
+}
 
 func (s ReplaceRules) String() string {
 	return fmt.Sprintf("%s rules by %s", s.Family, program(s.Backend, s.Family))

@@ -3,6 +3,7 @@ package dns
 import (
 	"bytes"
 	"fmt"
+	"net/netip"
 )
 
 // Undo takes an install back: the file, the backup and the record are as they were
@@ -65,6 +66,8 @@ type Removal struct {
 	Text []byte
 	// Backup is the backup of ours that is removed; empty where there is none.
 	Backup string
+	// Address is the nameserver that the install put in, as far as its record says.
+	Address netip.Addr
 	// Left is what is not ours, or not to be taken out from here.
 	Left []string
 
@@ -127,6 +130,7 @@ func (m Manager) InspectRemoval() (Removal, error) {
 		r.Backup = s.backup
 	}
 	if s.record != nil {
+		r.Address = s.record.Address
 		for _, l := range Unmarked(s.source, s.record.Address) {
 			r.Left = append(r.Left, fmt.Sprintf("%s line %d names %s without our mark", s.target, l.Number, s.record.Address))
 		}

@@ -1,6 +1,7 @@
 package exec
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -37,7 +38,8 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 	if err := s.m.privileged(); err != nil {
 		return nil, err
 	}
-	t := &transaction{session: s, report: &Report{Backend: p.Backend, Why: p.BackendWhy}, bare: p.Config.DisableComments}
+	t := &transaction{session: s, report: &Report{Backend: p.Backend, Why: p.BackendWhy}, bare: p.Config.DisableComments,
+		put: p.Config.Needs().Nameserver, resolvConf: tproxy.DefaultResolvConf}
 	err = t.execute(ctx, slices.Contains(p.Families, rules.IPv6), func() ([]job, error) { return t.applyJobs(p) })
 	if err != nil {
 		return nil, err
@@ -46,6 +48,7 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 	t.report.Notes = append(t.report.Notes, t.listening(p)...)
 	t.report.Notes = append(t.report.Notes, t.filters(p)...)
 	t.report.Notes = append(t.report.Notes, t.others(p)...)
+	t.report.Notes = append(t.report.Notes, t.answers(p)...)
 	t.report.Retries, t.report.Processes = s.retries, s.processes
 	return t.report, nil
 }
@@ -71,7 +74,8 @@ func (r *Runner) Remove(ctx context.Context, o RemoveOptions) (*Report, error) {
 	if err := s.m.privileged(); err != nil {
 		return nil, err
 	}
-	t := &transaction{session: s, report: &Report{}, dryRun: o.DryRun, removes: true, drainFor: o.Drain}
+	t := &transaction{session: s, report: &Report{}, dryRun: o.DryRun, removes: true, drainFor: o.Drain,
+		resolvConf: cmp.Or(o.ResolvConf, tproxy.DefaultResolvConf)}
 	err = t.execute(ctx, false, func() ([]job, error) {
 		return t.removals(s.variants(ctx), func(tproxy.Backend, rules.Family) bool { return true })
 	})
@@ -168,6 +172,10 @@ type transaction struct {
 	undo   []undo
 	jobs   []job
 
+	put        *tproxy.PutNameserver
+	resolvConf string // that may hold a nameserver of ours
+	names      names
+
 	removes  bool // everything goes
 	drainFor time.Duration
 	drained  []FamilyReport // what a drain took out
@@ -214,6 +222,9 @@ func (t *transaction) execute(ctx context.Context, ipv6 bool, find func() ([]job
 		}
 	}
 	t.jobs, t.report.Before = jobs, installation(jobs)
+	if err := t.lookAtNames(t.put, t.resolvConf); err != nil {
+		return err
+	}
 	if err = t.drain(ctx, jobs, rec); err != nil {
 		return t.rollback(ctx, err)
 	}
@@ -228,6 +239,9 @@ func (t *transaction) execute(ctx context.Context, ipv6 bool, find func() ([]job
 			t.report.Notes = append(t.report.Notes, "the kernel has no comments (xt_comment): the rules hold no record of the version and the configuration")
 			err = t.write(ctx, jobs, rec, ipv6)
 		}
+	}
+	if err == nil {
+		err = t.writeNames(ctx)
 	}
 	if err != nil {
 		return t.rollback(ctx, err)

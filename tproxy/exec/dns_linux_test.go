@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	osexec "os/exec"
 	"slices"
 	"strings"
@@ -138,4 +139,56 @@ func TestLocalResolverOfRootIsRefused(t *testing.T) {
 	if w.Failed() {
 		w.Log(fmt.Sprint(p))
 	}
+}
+
+// With the control plane's DNS server first in resolv.conf a name in .mesh resolves
+// for a client of the C library; after the uninstall the file is as it was, and the
+// name does not. Where nothing answers at that address, install says so.
+func TestMeshNamesResolve(t *testing.T) {
+	netlab.Require(t, "dnsmasq", "getent", "unshare")
+	eachVariant(t, func(w *world) {
+		w.dnsmasq(w.Client, "root", upstream, "--address=/mesh/"+answered.String())
+		path := w.resolvConf(netlab.Client4) // where nothing answers
+		was, err := os.ReadFile(path)
+		if err != nil {
+			w.Fatal(err)
+		}
+		resolve := func() (string, error) {
+			return w.Lab.Run(w.Context(), w.Host, "", "unshare", "--mount", "sh", "-c",
+				"mount --bind "+path+" /etc/resolv.conf && exec timeout 2 getent ahostsv4 backend.mesh")
+		}
+		c := tproxy.Config{DNS: tproxy.DNS{ControlPlane: upstream.Addr(), ResolvConf: path, ModifyShared: true}}
+		r := w.install(c)
+		if notes := strings.Join(r.Notes, "\n"); strings.Contains(notes, "no DNS server answers") {
+			w.Errorf("notes\n%s", notes)
+		}
+		if got, err := resolve(); err != nil || !strings.Contains(got, answered.String()) {
+			w.Errorf("backend.mesh is %q, %v", got, err)
+		}
+		w.uninstall()
+		if now, err := os.ReadFile(path); err != nil || !bytes.Equal(now, was) {
+			w.Errorf("after the uninstall: %q, %v", now, err)
+		}
+		if got, err := resolve(); err == nil {
+			w.Errorf("after the uninstall, backend.mesh is %q", got)
+		}
+		c.DNS.ControlPlane = netlab.Client4
+		c.DNS.ResolvConf = w.resolvConf(upstream.Addr())
+		if notes := strings.Join(w.install(c).Notes, "\n"); !strings.Contains(notes, "no DNS server answers at "+netlab.Client4.String()) {
+			w.Errorf("notes\n%s", notes)
+		}
+		w.uninstall()
+	})
+}
+
+// The resolv.conf of the host, seen from another network namespace, is not written
+// unless that is asked for.
+func TestHostsResolvConfIsLeft(t *testing.T) {
+	eachVariant(t, func(w *world) {
+		path := w.resolvConf(upstream.Addr())
+		_, err := w.plan(tproxy.Config{DNS: tproxy.DNS{ControlPlane: netlab.Client4, ResolvConf: path}})
+		if _, ok := errors.AsType[*tproxy.RefusedError](err); !ok || !strings.Contains(err.Error(), "namespace") {
+			w.Errorf("%v", err)
+		}
+	})
 }

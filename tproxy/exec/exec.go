@@ -91,6 +91,9 @@ type RemoveOptions struct {
 	// already go direct; 0 cuts them at once. With all of them ended, Remove does not
 	// wait any longer. Other runs in this network namespace wait meanwhile.
 	Drain time.Duration
+	// ResolvConf is a file that may hold a nameserver of ours, beside the one that the
+	// record of the install names; empty means /etc/resolv.conf.
+	ResolvConf string
 	// Wait, WaitInterval, MaxRetries and SleepBetweenRetries are those of
 	// tproxy.Config.
 	Wait, WaitInterval  time.Duration

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/dns"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/files"
 	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
 	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/procfs"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
@@ -40,6 +42,8 @@ type fakeMachine struct {
 	// connections is how many redirected ones there are at each look, per family.
 	connections func() int
 	dead        bool   // nothing more can be written
+	etc         string // a folder of the real machine for what stands in /etc; empty is none
+	unanswered  error
 	onLock      func() // what happens while we wait for the lock
 
 	commands []command
@@ -122,6 +126,21 @@ func (m *fakeMachine) run(_ context.Context, c command) (result, error) {
 		return result{Stderr: []byte(name + ": " + err.Error()), Exit: 1}, nil
 	}
 	return result{}, nil
+}
+
+func (m *fakeMachine) ask(netip.Addr) error { return m.unanswered }
+
+func (m *fakeMachine) resolvConf(path string, _ bool) dns.Manager {
+	at := "/nonexistent"
+	if m.etc != "" {
+		at = m.etc
+	}
+	path = filepath.Join(at, filepath.Base(path))
+	return dns.Manager{
+		Env:        dns.Env{Path: path, Program: func(string) string { return "" }, Running: func(string) bool { return false }},
+		FS:         files.FS{},
+		Namespaces: dns.Namespaces{Meant: true},
+	}
 }
 
 func (m *fakeMachine) find(name string) (string, string) {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -261,14 +263,18 @@ func TestKumasFilesAreNamed(t *testing.T) {
 	m := newFakeMachine(t)
 	m.kuma(t, "nft", oldkuma.Third, oldkuma.Options{})
 	backup := strings.Replace(kumaBackups[1], "????-??-??-??????", "2026-10-01-101112", 1)
-	m.files[backup], m.files["/etc/resolv.conf.kuma-backup"] = "", "nameserver 192.0.2.1\n"
+	m.files[backup], m.etc = "", t.TempDir()
+	stale := filepath.Join(m.etc, "resolv.conf.kuma-backup")
+	if err := os.WriteFile(stale, []byte("nameserver 192.0.2.1\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, notes := range [][]string{m.install(t, tproxy.Config{}).Notes, m.uninstall(t).Notes} {
 		text := strings.Join(notes, "\n")
-		if !strings.Contains(text, backup+" is a copy") || !strings.Contains(text, "/etc/resolv.conf.kuma-backup was left by Kuma") {
+		if !strings.Contains(text, backup+" is a copy") || !strings.Contains(text, stale+" is not a backup of ours") {
 			t.Errorf("notes\n%s", text)
 		}
 	}
-	if len(m.files) != 2 {
-		t.Errorf("files %v", m.files)
+	if text, err := os.ReadFile(stale); err != nil || string(text) != "nameserver 192.0.2.1\n" || len(m.files) != 1 {
+		t.Errorf("%q, %v, files %v", text, err, m.files)
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
+	"net"
 	"net/netip"
 	"os"
 	osexec "os/exec"
@@ -16,6 +18,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/kumahq/kuma-tproxy/tproxy/dns"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/files"
 	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
 	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/procfs"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
@@ -81,6 +85,11 @@ type machine interface {
 	readFile(path string) ([]byte, error)
 	// glob lists the files that match one of the patterns (filepath.Match).
 	glob(patterns ...string) []string
+	// resolvConf manages the nameserver of ours in a file; shared is whether it may be
+	// that of another network namespace.
+	resolvConf(path string, shared bool) dns.Manager
+	// ask sends a DNS query to a server and waits a moment for any answer.
+	ask(server netip.Addr) error
 	environ(key string) string
 	privileged() error
 	procs() procfs.FS
@@ -345,6 +354,43 @@ func (system) glob(patterns ...string) (out []string) {
 		out = append(out, found...)
 	}
 	return out
+}
+
+func (m system) resolvConf(path string, shared bool) dns.Manager {
+	out := files.Manager(path, func(name string) string { _, target := m.find(name); return target })
+	out.Namespaces.Meant = shared
+	return out
+}
+
+// answerTime is how long ask waits for an answer.
+const answerTime = time.Second
+
+func (system) ask(server netip.Addr) error {
+	// By this goroutine, whose thread is in the network namespace.
+	conn, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(server, 53)))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	query, err := dns.Query(uint16(rand.Uint32()), "control-plane.mesh")
+	if err != nil {
+		return err
+	}
+	if err := conn.SetDeadline(time.Now().Add(answerTime)); err != nil {
+		return err
+	}
+	if _, err := conn.Write(query); err != nil {
+		return err
+	}
+	for answer := make([]byte, 1<<16); ; {
+		n, err := conn.Read(answer)
+		if err != nil {
+			return err
+		}
+		if _, err := dns.Answer(query, answer[:n]); err == nil {
+			return nil
+		}
+	}
 }
 
 func (system) environ(key string) string { return os.Getenv(key) }

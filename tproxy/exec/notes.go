@@ -122,9 +122,6 @@ func (t *transaction) kuma(done string) (notes []string) {
 	for _, path := range t.m.glob(kumaBackups...) {
 		notes = append(notes, fmt.Sprintf("%s is a copy of the rules that Kuma's own installer left; nothing reads it any more", path))
 	}
-	for _, path := range t.m.glob(kumaResolvConf) {
-		notes = append(notes, fmt.Sprintf("%s was left by Kuma, perhaps long ago, and is not used; Kuma's own uninstall would put it in the place of %s: compare the two and delete it", path, tproxy.DefaultResolvConf))
-	}
 	return notes
 }
 
@@ -136,7 +133,6 @@ var kumaBackups = []string{
 	filepath.Join(os.TempDir(), "ip6tables-rules.????-??-??-??????.txt.backup"),
 }
 
-const kumaResolvConf = tproxy.DefaultResolvConf + ".kuma-backup"
 
 // A user and a port that nobody is likely to have named.
 const (

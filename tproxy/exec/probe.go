@@ -49,8 +49,11 @@ func (r *Runner) Probe(ctx context.Context, n tproxy.Needs) (tproxy.Host, error)
 	if err := s.inboundPorts(n, &h); err != nil {
 		return h, err
 	}
+	if n.Nameserver != nil {
+		s.nameserver(*n.Nameserver, &h)
+	}
 	if n.ResolvConf != "" {
-		if err := s.resolvers(n.ResolvConf, &h); err != nil {
+		if err := s.resolvers(n, &h); err != nil {
 			return h, err
 		}
 	}
@@ -151,17 +154,23 @@ func (s *session) inboundPorts(n tproxy.Needs, h *tproxy.Host) error {
 
 // resolvers reads resolv.conf, and finds who answers at those of its servers
 // that are this host.
-func (s *session) resolvers(path string, h *tproxy.Host) error {
+func (s *session) resolvers(n tproxy.Needs, h *tproxy.Host) error {
+	path := n.ResolvConf
 	text, err := s.m.readFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) && n.Nameserver == nil {
 		h.Notes = append(h.Notes, path+" does not exist: it names no nameserver")
 		return nil
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("nameservers: %w", err)
 	}
-	conf := dns.Parse(text)
+	// As the file is to be: with the nameserver that an install puts in, and without
+	// one that an earlier install did.
+	conf := dns.Parse(dns.RemoveNameserver(text))
 	h.Nameservers = conf.Nameservers
+	if n.Nameserver != nil && !slices.Contains(h.Nameservers, n.Nameserver.Address) {
+		h.Nameservers = append([]netip.Addr{n.Nameserver.Address}, h.Nameservers...)
+	}
 	for _, l := range conf.Ignored {
 		h.Notes = append(h.Notes, fmt.Sprintf("%s line %d names no nameserver for us (%s): %q", path, l.Number, l.Why, l.Text))
 	}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/kumahq/kuma-tproxy/tproxy/dns"
 )
@@ -190,8 +191,14 @@ func network(pid string) string {
 }
 
 // Running returns a function that reports whether a process of this network
-// namespace has a name in /proc/PID/comm; kernel threads have none of these.
+// namespace has a name in /proc/PID/comm; kernel threads have none of these. The
+// processes are read once, when it is first asked.
 func Running() func(comm string) bool {
+	names := sync.OnceValue(running)
+	return func(comm string) bool { return names()[comm] }
+}
+
+func running() map[string]bool {
 	self := network("thread-self")
 	names := map[string]bool{}
 	dirs, _ := filepath.Glob("/proc/[0-9]*") // the pattern is well-formed
@@ -207,7 +214,7 @@ func Running() func(comm string) bool {
 		}
 		names[strings.TrimSuffix(string(comm), "\n")] = true
 	}
-	return func(comm string) bool { return names[comm] }
+	return names
 }
 
 // Manager returns a Manager for a file of this machine. program returns the path of

@@ -1,0 +1,129 @@
+package exec
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/dns"
+)
+
+// leaveFile is what to do about a resolv.conf that cannot be changed.
+const leaveFile = "leave it as it is with --modify-resolv-conf=false"
+
+// nameserver finds out for a plan what an install would do to resolv.conf.
+func (s *session) nameserver(n tproxy.PutNameserver, h *tproxy.Host) {
+	plan, err := s.m.resolvConf(n.Path, n.Shared).Inspect(n.Address)
+	if err != nil {
+		h.Nameserver.Refused = err.Error()
+		return
+	}
+	h.Nameserver.Do, h.Nameserver.Undo = plan.String(), plan.Undo()
+	h.Notes = append(h.Notes, plan.Notes()...)
+}
+
+// names is what a transaction does to files of the kind of resolv.conf.
+type names struct {
+	put  *tproxy.PutNameserver // nil puts none in
+	drop []removal
+}
+
+type removal struct {
+	dns.Manager
+	dns.Removal
+}
+
+// lookAtNames finds, before anything is written, the files that hold a nameserver of
+// ours that goes, and whether one can go in.
+func (t *transaction) lookAtNames(put *tproxy.PutNameserver, path string) error {
+	t.names = names{put: put}
+	paths := []string{path}
+	shared := put != nil && put.Shared
+	if before := t.report.Before; before != nil && before.Unknown == nil {
+		if n := before.Config.Needs().Nameserver; n != nil {
+			paths = append(paths, n.Path)
+			shared = shared || n.Shared
+		}
+	}
+	if put != nil {
+		if _, err := t.m.resolvConf(put.Path, put.Shared).Inspect(put.Address); err != nil {
+			return &ApplyError{Step: put.String(), Err: err, Remedy: leaveFile}
+		}
+	}
+	slices.Sort(paths)
+	for _, p := range slices.Compact(paths) {
+		if put != nil && p == put.Path {
+			continue
+		}
+		m := t.m.resolvConf(p, shared)
+		r, err := m.InspectRemoval()
+		switch {
+		case err != nil:
+			return &ApplyError{Step: "no nameserver of ours in " + p, Err: err}
+		case r.Nothing() && len(r.Left) > 0:
+			t.report.Notes = append(t.report.Notes, r.Left...)
+		case !r.Nothing():
+			t.names.drop = append(t.names.drop, removal{m, r})
+		}
+	}
+	return nil
+}
+
+// writeNames takes nameservers of ours out, and puts one in.
+func (t *transaction) writeNames(ctx context.Context) error {
+	for _, d := range t.names.drop {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if t.dryRun {
+			t.report.Steps = append(t.report.Steps, d.String())
+			continue
+		}
+		r, err := d.Remove()
+		if err != nil {
+			return &ApplyError{Step: d.String(), Err: err}
+		}
+		t.report.Notes = append(t.report.Notes, r.Left...)
+		t.did(r.String(), fmt.Sprintf("nameserver %s first in %s", r.Address, r.Path), func(context.Context) (bool, error) {
+			if !r.Address.IsValid() {
+				return false, errors.New("its address is not known")
+			}
+			_, err := d.Install(r.Address)
+			return err == nil, err
+		})
+	}
+	put := t.names.put
+	if put == nil {
+		return nil
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	m := t.m.resolvConf(put.Path, put.Shared)
+	done, err := m.Install(put.Address)
+	if err != nil {
+		return &ApplyError{Step: put.String(), Err: err, Remedy: leaveFile}
+	}
+	if done.How != dns.Unchanged {
+		t.did(done.String(), done.Undo(), func(context.Context) (bool, error) { return true, m.Undo(done) })
+	}
+	return nil
+}
+
+// answers notes that the control plane does not answer, where nothing redirects the
+// question.
+func (t *transaction) answers(p *tproxy.Plan) []string {
+	a := p.Config.DNS.ControlPlane
+	if !a.IsValid() || p.Config.DNS.On() {
+		return nil
+	}
+	err := t.m.ask(a)
+	if err == nil {
+		return nil
+	}
+	return []string{fmt.Sprintf("no DNS server answers at %s (%v): kuma-cp listens on port 5653 unless KUMA_DNS_SERVER_PORT=53, and since 1.7 it has no DNS server: names in .mesh then take --redirect-dns",
+		netip.AddrPortFrom(a, 53), err)}
+}
