@@ -71,9 +71,9 @@ type PutNameserver struct {
 }
 
 func (PutNameserver) step() {}
-func (AddAddress) step()   {}
-func (ReplaceRules) step() {}
-func (RemoveRules) step()  {}
+func (AddAddress) step()    {}
+func (ReplaceRules) step()  {}
+func (RemoveRules) step()   {}
 
 func (s AddAddress) String() string { return fmt.Sprintf("ip address add %s dev lo", s.Prefix) }
 

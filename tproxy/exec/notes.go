@@ -133,7 +133,6 @@ var kumaBackups = []string{
 	filepath.Join(os.TempDir(), "ip6tables-rules.????-??-??-??????.txt.backup"),
 }
 
-
 // A user and a port that nobody is likely to have named.
 const (
 	stranger    = 3_999_999_999
