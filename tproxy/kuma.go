@@ -190,7 +190,7 @@ func (k *kuma) learn() {
 	}
 	output, _ := k.live.Base(rules.Raw, rules.Output)
 	for _, r := range output.Rules {
-		if p, ok := partsOf(r); ok && p.queries() && p.owned() && r.Action == rules.Action(rules.CTZone{Zone: 1}) {
+		if p, ok := partsOf(r); ok && p.queries() && p.owned() && k.zonedFor(p) && r.Action == rules.Action(rules.CTZone{Zone: 1}) {
 			k.zones = k.zones || slices.ContainsFunc(output.Rules, func(q rules.Rule) bool {
 				o, ok := partsOf(q)
 				return ok && o.answers() && o.sameOwner(p) && q.Action == rules.Action(rules.CTZone{Zone: 2})
@@ -368,6 +368,24 @@ func (k *kuma) proxy(p parts) bool {
 		o, _ := partsOf(r)
 		return o.sameOwner(p)
 	})
+}
+
+// zonedFor reports whether zones of an owner's own queries, without comments, can be
+// Kuma's: Istio writes the same for a user of its own. Where Kuma's chains stand they
+// name the owner. Where ours have taken their place already, and the run that did was
+// killed before raw, it is whoever no chain of others names; where neither stand, nobody.
+func (k *kuma) zonedFor(p parts) bool {
+	if k.bare || k.proxy(p) {
+		return k.proxy(p)
+	}
+	return slices.ContainsFunc(k.ours.Chains, func(c rules.Chain) bool { return c.Table == rules.NAT }) &&
+		!slices.ContainsFunc(k.live.Chains, func(c rules.Chain) bool {
+			_, mine := k.ours.Chain(c.Table, c.Name)
+			return !mine && slices.ContainsFunc(c.Rules, func(r rules.Rule) bool {
+				o, _ := partsOf(r)
+				return o.owned() && o.sameOwner(p)
+			})
+		})
 }
 
 func (k *kuma) redirected(r rules.Rule) bool {

@@ -186,6 +186,27 @@ doubtful: nat OUTPUT #8: -A OUTPUT -d 10.0.0.4/32 -j RETURN
 	}
 }
 
+// Istio's conntrack zones are those that Kuma writes, for another user: they stay,
+// whether Kuma's rules or ours are there or not.
+func TestFindLeavesIstiosZones(t *testing.T) {
+	const zones = `-A PREROUTING -p udp -m udp --sport 53 -j CT --zone 1
+-A OUTPUT -p udp -m udp --dport 53 -m owner --uid-owner 1337 -j CT --zone 1
+-A OUTPUT -p udp -m udp --sport 15053 -m owner --uid-owner 1337 -j CT --zone 2
+-A OUTPUT -p udp -m udp --dport 53 -j CT --zone 2
+`
+	const istio = ":ISTIO_OUTPUT - [0:0]\n-A OUTPUT -p tcp -j ISTIO_OUTPUT\n-A ISTIO_OUTPUT -m owner --uid-owner 1337 -j RETURN\n"
+	const ours = ":KUMA_MESH_OUTBOUND - [0:0]\n-A KUMA_MESH_OUTBOUND -m owner --uid-owner 5678 -j RETURN\n"
+	for nat, want := range map[string]int{
+		"": 0, istio: 0, ours + istio: 0, kumaChains + kumaJump: 0, kumaChains + kumaJump + istio: 0,
+		ours: 4, // a run that took Kuma's place and was killed before raw
+		strings.ReplaceAll(kumaChains+kumaJump, "5678", "1337"): 4,
+	} {
+		if got := lines(find(t, rules.IPv4, "*nat\n"+nat+"COMMIT\n*raw\n"+zones+"COMMIT\n")); strings.Count(got, "raw ") != want {
+			t.Errorf("beside\n%s\nfound\n%s", nat, got)
+		}
+	}
+}
+
 // A rule with a line break in its comment cannot be named in a script.
 func TestFindLeavesWhatNoScriptCanSay(t *testing.T) {
 	found := find(t, rules.IPv4, "*nat\n"+kumaChains+"-A OUTPUT -d 10.0.0.1/32 -m comment --comment \"kuma/mesh/transparent/proxy/a\nb\" -j RETURN\nCOMMIT\n")

@@ -186,14 +186,16 @@ func Known() rules.Set {
 }
 
 // Draining returns the rules that stand while an uninstall waits: none that redirects,
-// and one that nothing leads to and that holds conntrack, with which the kernel would
-// let go of the connections that are redirected. The record stays; where there is none,
-// rec says at least whose ::6 is.
-func Draining(ours rules.Set, rec Record) rules.Set {
-	out := rules.Set{Only: ours.Only, Chains: []rules.Chain{{
-		Table: rules.NAT, Name: chainDrain,
-		Rules: []rules.Rule{rule("connections that are redirected may end", rules.Redirect{Port: 1}, rules.TCP)},
-	}}}
+// and some that nothing leads to and that hold conntrack, with which the kernel would
+// let go of the connections that are redirected. They name the ports to which those
+// went: if this run is killed, the next one counts them, or waits for them. The record
+// stays; where there is none, rec says at least whose ::6 is.
+func Draining(ours rules.Set, rec Record, ports []uint16) rules.Set {
+	drain := rules.Chain{Table: rules.NAT, Name: chainDrain}
+	for _, port := range ports {
+		drain.Rules = append(drain.Rules, rule("connections that are redirected may end", rules.Redirect{Port: port}, rules.TCP))
+	}
+	out := rules.Set{Only: ours.Only, Chains: []rules.Chain{drain}}
 	c, ok := ours.Chain(rules.NAT, chainRecord)
 	if !ok {
 		rec.Bare = true

@@ -441,19 +441,30 @@ func tableOf(err error) rules.Table {
 	return ""
 }
 
-// putBack makes what is ours in a family what it was before.
+// putBack makes what is ours in a family what it was before. Where others change the
+// rules meanwhile it is tried again, as the change itself is.
 func (t *transaction) putBack(ctx context.Context, j *job) (bool, error) {
-	for passed := 0; ; {
+	for passed, changes := 0, 0; ; {
 		now, err := t.save(ctx, j.variant, j.family)
 		if err != nil {
 			return false, err
 		}
 		script := rules.Transition(j.family, now.Ours, j.before.Ours)
 		if script == nil {
-			return passed > 0, nil
+			return passed+changes > 0, nil
 		}
-		err = t.restore(ctx, j.variant, j.family, putBackText(j), script)
-		if err == nil || !t.pass(ctx, putBackText(j), err, &passed) {
+		if err = t.restore(ctx, j.variant, j.family, putBackText(j), script); err == nil {
+			return true, nil
+		}
+		if changes+1 < maxTries && retryable(err) {
+			again, readErr := t.save(ctx, j.variant, j.family)
+			if readErr == nil && changed(j.family, tableOf(err), now, again) {
+				changes++
+				t.retries++
+				continue
+			}
+		}
+		if !t.pass(ctx, putBackText(j), err, &passed) {
 			return true, err
 		}
 	}

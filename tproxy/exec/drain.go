@@ -23,10 +23,11 @@ func (t *transaction) drain(ctx context.Context, jobs []job, rec tproxy.Record) 
 	for i := range jobs {
 		j := jobs[i] // the undo is about what stood there before the drain
 		j.step = fmt.Sprintf("no new %s connection is redirected by %s", j.family, j.variant.Backend)
-		if len(redirectPorts(j.before)) == 0 {
+		ports := redirectPorts(j.before)
+		if len(ports) == 0 {
 			continue
 		}
-		if err := t.replace(ctx, &j, tproxy.Draining(j.before.Ours, rec)); err != nil {
+		if err := t.replace(ctx, &j, tproxy.Draining(j.before.Ours, rec, ports)); err != nil {
 			return err
 		}
 	}
@@ -84,12 +85,13 @@ func (t *transaction) redirected(jobs []job) (sum int, err error) {
 	return sum, nil
 }
 
-// redirectPorts are the ports to which what is ours redirects TCP.
+// redirectPorts are the ports to which what is ours redirects TCP, or did before a
+// drain that was killed.
 func redirectPorts(l live) (ports []uint16) {
 	for _, c := range l.Ours.Chains {
 		for _, r := range c.Rules {
 			a, ok := r.Action.(rules.Redirect)
-			if ok && a.Port > 1 && slices.Contains(r.Matches, rules.Match(rules.TCP)) && !slices.Contains(ports, a.Port) {
+			if ok && a.Port > 0 && slices.Contains(r.Matches, rules.Match(rules.TCP)) && !slices.Contains(ports, a.Port) {
 				ports = append(ports, a.Port)
 			}
 		}

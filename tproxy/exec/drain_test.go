@@ -37,7 +37,7 @@ func TestDrain(t *testing.T) {
 						}
 					}
 				}
-				if c, ok := nat.Chain(rules.NAT, "KUMA_MESH_DRAIN"); !ok || len(c.Rules) != 1 {
+				if c, ok := nat.Chain(rules.NAT, "KUMA_MESH_DRAIN"); !ok || len(c.Rules) != 2 {
 					t.Errorf("look %d: %s: nothing holds conntrack", looks, v)
 				}
 				if raw, _ := nat.Base(rules.Raw, rules.Output); strings.Contains(raw.Rules[0].Target(), "MESH") {
@@ -138,6 +138,30 @@ func TestDrainIsUndone(t *testing.T) {
 		_, _ = (&Runner{machine: m}).Remove(context.Background(), RemoveOptions{Drain: time.Hour})
 		m.stop, m.dead = nil, false
 		m.uninstall(t)
+		m.unchanged(t, clean)
+	}
+}
+
+// A drain that was killed does not hide from the next uninstall which connections are
+// redirected: it counts them, and waits for them where it is asked to.
+func TestKilledDrainIsCounted(t *testing.T) {
+	for _, drain := range []time.Duration{0, time.Millisecond} {
+		m := newFakeMachine(t)
+		m.populate(t)
+		clean := m.state()
+		m.install(t, tproxy.Config{Inbound: tproxy.Inbound{Port: 1}})
+		m.connections = func() int { m.dead = true; return 7 }
+		if _, err := (&Runner{machine: m}).Remove(context.Background(), RemoveOptions{Drain: time.Millisecond}); err == nil {
+			t.Fatal("not killed")
+		}
+		m.dead = false
+		m.connections = func() int { return 7 }
+		for i := range 2 {
+			r, err := (&Runner{machine: m}).Remove(context.Background(), RemoveOptions{DryRun: i == 0, Drain: drain})
+			if err != nil || r.Cut != 14 || len(r.Notes) != 1 {
+				t.Errorf("%+v, %v", r, err)
+			}
+		}
 		m.unchanged(t, clean)
 	}
 }

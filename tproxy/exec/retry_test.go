@@ -5,12 +5,14 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
 // What iptables says of failures that pass.
@@ -205,4 +207,35 @@ func TestChangedRulesAreTriedAgainAtOnce(t *testing.T) {
 			t.Errorf("took %s: %+v, %v", took, r, err)
 		}
 	})
+}
+
+// Others may change the rules while a change is undone, too: the undo reads them again.
+func TestUndoWhileOthersWrite(t *testing.T) {
+	m := newFakeMachine(t)
+	m.populate(t)
+	before := m.state()
+	p := m.plan(t, tproxy.Config{})
+	undoing := false
+	m.onRun = func(c command) (result, bool) {
+		switch filepath.Base(c.Path) {
+		case "ip6tables-nft-restore":
+			undoing = true
+			return result{Exit: 1, Stderr: []byte("line 3: RULE_APPEND failed (Operation not permitted)")}, true
+		case "iptables-nft-restore":
+			if undoing { // somebody has taken our jump out between the undo's two programs
+				undoing = false
+				nat, _ := m.netfilter["iptables-nft"].Set().Base(rules.NAT, rules.Output)
+				for _, r := range nat.Rules {
+					if r.Target() == "KUMA_MESH_OUTBOUND" {
+						m.edit(t, "iptables-nft", "*nat\n-D OUTPUT "+r.Listed()+"\nCOMMIT\n")
+					}
+				}
+			}
+		}
+		return result{}, false
+	}
+	if e := applyError(t, m.attempt(context.Background(), p)); len(e.Left) > 0 || len(e.Undone) != 1 {
+		t.Errorf("left %q, undone %q", e.Left, e.Undone)
+	}
+	m.unchanged(t, before)
 }
