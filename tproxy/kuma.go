@@ -131,7 +131,11 @@ func firstKumaHolds(live rules.Set) bool {
 		}
 		for _, r := range c.Rules {
 			switch a := r.Action.(type) {
-			case rules.Return, rules.Redirect, rules.Accept, rules.SetMark:
+			case rules.Return, rules.Redirect:
+			case rules.Accept, rules.SetMark:
+				if c.Table != rules.Mangle {
+					return false
+				}
 			case rules.Jump:
 				// The upstream DNS of its proxy may go to a chain of Docker's.
 				if a.Chain != chainDocker && !slices.Contains(firstKumaChains, chainName{c.Table, a.Chain}) {

@@ -3,6 +3,7 @@ package tproxy
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
@@ -131,7 +132,6 @@ const (
 	chainZone      = "KUMA_MESH_DNS_ZONE"
 	chainZoneQuery = "KUMA_MESH_DNS_ZONE_QUERY"
 	chainRecord    = "KUMA_MESH_RECORD"
-	chainDrain     = "KUMA_MESH_DRAIN"
 )
 
 // The jumps of ours, which are the same for every Config.
@@ -178,29 +178,23 @@ func Known() rules.Set {
 			{Table: rules.NAT, Name: chainLoopback},
 			{Table: rules.NAT, Name: chainDNS},
 			{Table: rules.NAT, Name: chainRecord},
-			{Table: rules.NAT, Name: chainDrain},
 			{Table: rules.Raw, Name: chainZone},
 			{Table: rules.Raw, Name: chainZoneQuery},
 		},
 	}
 }
 
-// Draining returns the rules that stand while an uninstall waits: none that redirects,
-// and some that nothing leads to and that hold conntrack, with which the kernel would
-// let go of the connections that are redirected. They name the ports to which those
-// went: if this run is killed, the next one counts them, or waits for them. The record
-// stays; where there is none, rec says at least whose ::6 is.
-func Draining(ours rules.Set, rec Record, ports []uint16) rules.Set {
-	drain := rules.Chain{Table: rules.NAT, Name: chainDrain}
-	for _, port := range ports {
-		drain.Rules = append(drain.Rules, rule("connections that are redirected may end", rules.Redirect{Port: port}, rules.TCP))
-	}
-	out := rules.Set{Only: ours.Only, Chains: []rules.Chain{drain}}
-	c, ok := ours.Chain(rules.NAT, chainRecord)
-	if !ok {
+// Draining returns the rules that stand while an uninstall waits: the chains of ours, to
+// which nothing leads any more, so that no connection is redirected. They hold conntrack,
+// with which the kernel would let go of the connections that are redirected, and say to
+// a next run, if this one is killed, what was installed and whom to wait for. Where there
+// is no record, rec says at least whose ::6 is.
+func Draining(ours rules.Set, rec Record) rules.Set {
+	out := ours
+	out.Bases = nil
+	if _, ok := ours.Chain(rules.NAT, chainRecord); !ok {
 		rec.Bare = true
-		c = rules.Chain{Table: rules.NAT, Name: chainRecord, Rules: rec.rules()}
+		out.Chains = append(slices.Clone(ours.Chains), rules.Chain{Table: rules.NAT, Name: chainRecord, Rules: rec.rules()})
 	}
-	out.Chains = append(out.Chains, c)
 	return out
 }

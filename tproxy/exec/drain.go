@@ -23,11 +23,10 @@ func (t *transaction) drain(ctx context.Context, jobs []job, rec tproxy.Record) 
 	for i := range jobs {
 		j := jobs[i] // the undo is about what stood there before the drain
 		j.step = fmt.Sprintf("no new %s connection is redirected by %s", j.family, j.variant.Backend)
-		ports := redirectPorts(j.before)
-		if len(ports) == 0 {
+		if len(redirectPorts(j.before)) == 0 {
 			continue
 		}
-		if err := t.replace(ctx, &j, tproxy.Draining(j.before.Ours, rec, ports)); err != nil {
+		if err := t.replace(ctx, &j, tproxy.Draining(j.before.Ours, rec)); err != nil {
 			return err
 		}
 	}
@@ -86,7 +85,7 @@ func (t *transaction) redirected(jobs []job) (sum int, err error) {
 }
 
 // redirectPorts are the ports to which what is ours redirects TCP, or did before a
-// drain that was killed.
+// drain, which leaves the chains.
 func redirectPorts(l live) (ports []uint16) {
 	for _, c := range l.Ours.Chains {
 		for _, r := range c.Rules {

@@ -3,6 +3,7 @@ package exec
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -12,7 +13,7 @@ import (
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
-// While an uninstall drains, no rule redirects and one holds conntrack; afterwards
+// While an uninstall drains, nothing is redirected and some rule holds conntrack; afterwards
 // nothing of ours is left. It does not wait longer than it has to.
 func TestDrain(t *testing.T) {
 	for _, kuma := range []bool{false, true} {
@@ -37,7 +38,9 @@ func TestDrain(t *testing.T) {
 						}
 					}
 				}
-				if c, ok := nat.Chain(rules.NAT, "KUMA_MESH_DRAIN"); !ok || len(c.Rules) != 2 {
+				if !slices.ContainsFunc(nat.Chains, func(c rules.Chain) bool {
+					return slices.ContainsFunc(c.Rules, func(r rules.Rule) bool { _, ok := r.Action.(rules.Redirect); return ok })
+				}) {
 					t.Errorf("look %d: %s: nothing holds conntrack", looks, v)
 				}
 				if raw, _ := nat.Base(rules.Raw, rules.Output); strings.Contains(raw.Rules[0].Target(), "MESH") {
@@ -155,6 +158,9 @@ func TestKilledDrainIsCounted(t *testing.T) {
 			t.Fatal("not killed")
 		}
 		m.dead = false
+		if i, err := (&Runner{machine: m}).Installed(context.Background()); err != nil || i.Unknown != nil || i.Config.Inbound.Port != 1 {
+			t.Errorf("what was installed: %+v, %v", i, err)
+		}
 		m.connections = func() int { return 7 }
 		for i := range 2 {
 			r, err := (&Runner{machine: m}).Remove(context.Background(), RemoveOptions{DryRun: i == 0, Drain: drain})

@@ -221,12 +221,12 @@ func (in *injector) during(program, call, kind string, n int, f func()) bool {
 
 // Our own process is killed at any moment: each table is as before or as after, and
 // the next run, with no flags, finishes the job.
-func TestStressKilled(t *testing.T) { killedAnywhere(t, 150) }
+func TestStressKilled(t *testing.T) { killedAnywhere(t, 40) }
 
 func TestKilled(t *testing.T) { killedAnywhere(t, 8) }
 
 func killedAnywhere(t *testing.T, times int) {
-	if times > 100 && !stress() {
+	if times > 20 && !stress() {
 		t.Skip("TPROXY_SUITE does not name stress")
 	}
 	for _, c := range changes {
