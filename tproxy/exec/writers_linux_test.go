@@ -73,10 +73,17 @@ func (w *world) writers(f rules.Family) []*writer {
 	}
 	three := &writer{name: "nft"}
 	three.step = func(n int) error {
-		rule := fmt.Sprintf("-A POSTROUTING -p udp -m udp --sport %d -j ACCEPT", 1+n%60000)
-		err := run(fmt.Sprintf("add rule %s nat POSTROUTING udp sport %d counter accept\nadd table %s mine\ndelete table %[1]s mine\nadd table %[1]s mine\n", family, 1+n%60000, family), "nft", "-f", "-")
+		var want []string
+		var b strings.Builder
+		fmt.Fprintf(&b, "add chain %s nat NFT\nflush chain %[1]s nat NFT\nadd table %[1]s mine\ndelete table %[1]s mine\nadd table %[1]s mine\n", family)
+		for i := range 1 + n%7 {
+			port := 1 + (n+i)%60000
+			fmt.Fprintf(&b, "add rule %s nat NFT udp sport %d counter accept\n", family, port)
+			want = append(want, fmt.Sprintf("-A NFT -p udp -m udp --sport %d -j ACCEPT", port))
+		}
+		err := run(b.String(), "nft", "-f", "-")
 		if err == nil {
-			three.want = append(three.want, rule)
+			three.want = want
 		}
 		return err
 	}
