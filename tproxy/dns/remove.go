@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"net/netip"
+	"path"
 )
 
 // Undo takes an install back: the file, the backup and the record are as they were
@@ -106,7 +107,7 @@ func (m Manager) InspectRemoval() (Removal, error) {
 	r := Removal{Path: m.Env.Path, Target: m.Env.Path}
 	s, err := m.look()
 	switch {
-	case err != nil && s.backup != "" && s.record == nil:
+	case err != nil && s.record == nil && path.IsAbs(m.Env.Path):
 		// Nothing says that there was an install; what is in the way is not to keep
 		// the rules from being removed.
 		r.Left = append(r.Left, err.Error())

@@ -249,3 +249,31 @@ func TestControlPlaneThatDoesNotAnswer(t *testing.T) {
 		t.Errorf("notes\n%s", notes)
 	}
 }
+
+// A resolv.conf that cannot be read is no concern of an install that does not ask for
+// names, nor of an uninstall of one.
+func TestOddResolvConfIsNoConcern(t *testing.T) {
+	for name, odd := range map[string]func(path string) error{
+		"dangling":  func(path string) error { return os.Symlink("gone", path) },
+		"loop":      func(path string) error { return os.Symlink("resolv.conf", path) },
+		"directory": func(path string) error { return os.Mkdir(path, 0o755) },
+		"binary":    func(path string) error { return os.WriteFile(path, []byte("\x00\xff\n"), 0o644) },
+		"too long":  func(path string) error { return os.WriteFile(path, make([]byte, 1<<17), 0o644) },
+		"device":    func(path string) error { return os.Symlink("/dev/null", path) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newFakeMachine(t)
+			m.populate(t)
+			m.etc = t.TempDir()
+			if err := odd(filepath.Join(m.etc, "resolv.conf")); err != nil {
+				t.Fatal(err)
+			}
+			before := m.state()
+			if r := m.install(t, tproxy.Config{}); !r.Changed {
+				t.Errorf("%+v", r)
+			}
+			m.uninstall(t)
+			m.unchanged(t, before)
+		})
+	}
+}
