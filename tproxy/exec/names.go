@@ -25,6 +25,17 @@ func (s *session) nameserver(n tproxy.PutNameserver, h *tproxy.Host) {
 	h.Notes = append(h.Notes, plan.Notes()...)
 }
 
+// nsswitch says which sources of names the C library asks, in which order.
+const nsswitch = "/etc/nsswitch.conf"
+
+// byResolved notes for a plan that is about DNS that the C library asks somebody else.
+func (s *session) byResolved(h *tproxy.Host) {
+	text, err := s.m.readFile(nsswitch)
+	if err == nil && dns.UsesResolve(text) {
+		h.Notes = append(h.Notes, nsswitch+" has resolve in its hosts line: programs of the C library ask systemd-resolved by its socket, and send no query to port 53; what it asks itself is left alone where it is a nameserver of resolv.conf")
+	}
+}
+
 // names is what a transaction does to files of the kind of resolv.conf.
 type names struct {
 	put  *tproxy.PutNameserver // nil puts none in

@@ -277,3 +277,23 @@ func TestOddResolvConfIsNoConcern(t *testing.T) {
 		})
 	}
 }
+
+// Where the C library asks systemd-resolved by its socket, no query goes to port 53, and
+// an install that is about DNS says so.
+func TestNSSwitchIsNoted(t *testing.T) {
+	for hosts, want := range map[string]bool{"files mymachines resolve [!UNAVAIL=return] dns": true, "files dns": false} {
+		m := newFakeMachine(t)
+		m.conf(t, confText)
+		m.files["/etc/nsswitch.conf"] = "passwd: files\nhosts: " + hosts + "\n"
+		for _, c := range []tproxy.Config{withNames, {DNS: tproxy.DNS{Redirect: true}}, {DNS: tproxy.DNS{CaptureAll: true}}, {}} {
+			p, err := m.probed(t, c)
+			if err != nil {
+				t.Fatal(err)
+			}
+			about := c.DNS.On() || c.DNS.ControlPlane.IsValid()
+			if got := strings.Contains(strings.Join(p.Notes, "\n"), "nsswitch.conf"); got != (want && about) {
+				t.Errorf("%s, %+v: notes %q", hosts, c.DNS, p.Notes)
+			}
+		}
+	}
+}

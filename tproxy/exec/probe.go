@@ -49,6 +49,9 @@ func (r *Runner) Probe(ctx context.Context, n tproxy.Needs) (tproxy.Host, error)
 	if err := s.inboundPorts(n, &h); err != nil {
 		return h, err
 	}
+	if n.ResolvConf != "" || n.Nameserver != nil {
+		s.byResolved(&h)
+	}
 	if n.Nameserver != nil {
 		s.nameserver(*n.Nameserver, &h)
 	}
