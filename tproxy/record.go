@@ -316,6 +316,7 @@ func Installed(v4, v6 rules.Set) (Config, Record, error) {
 
 // shown reads the lists of a Config off the rules that were made for it.
 func shown(c Config, sets ...rules.Set) (out Config) {
+	var inbound, outbound []rules.Ports
 	for _, s := range sets {
 		in, _ := s.Chain(rules.NAT, chainInbound)
 		for i, r := range in.Rules {
@@ -326,7 +327,7 @@ func shown(c Config, sets ...rules.Set) (out Config) {
 			case p.from:
 				out.Inbound.ExcludeIPs = append(out.Inbound.ExcludeIPs, addressesOf(r)...)
 			case p.ports:
-				out.Inbound.ExcludePorts = out.Inbound.ExcludePorts.Union(p.dport)
+				inbound = append(inbound, p.dport)
 			}
 		}
 		o, _ := s.Chain(rules.NAT, chainOutbound)
@@ -338,10 +339,12 @@ func shown(c Config, sets ...rules.Set) (out Config) {
 			case p.to:
 				out.Outbound.ExcludeIPs = append(out.Outbound.ExcludeIPs, addressesOf(r)...)
 			case p.ports:
-				out.Outbound.ExcludePorts = out.Outbound.ExcludePorts.Union(p.dport)
+				outbound = append(outbound, p.dport)
 			}
 		}
 	}
+	out.Inbound.ExcludePorts = rules.Ports{}.Union(inbound...)
+	out.Outbound.ExcludePorts = rules.Ports{}.Union(outbound...)
 	out.Inbound.ExcludeIPs = canonicalPrefixes(out.Inbound.ExcludeIPs)
 	out.Outbound.ExcludeIPs = canonicalPrefixes(out.Outbound.ExcludeIPs)
 	return out

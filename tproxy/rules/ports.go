@@ -182,15 +182,13 @@ func (p Ports) Len() int {
 	return n
 }
 
-// Union returns the ports that are in either set.
-func (p Ports) Union(q Ports) Ports {
-	switch {
-	case p.IsEmpty():
-		return q
-	case q.IsEmpty():
-		return p
+// Union returns the ports that are in any of the sets.
+func (p Ports) Union(more ...Ports) Ports {
+	all := slices.Clone(p.s)
+	for _, q := range more {
+		all = append(all, q.s...)
 	}
-	return Ports{mergeSpans(slices.Concat(p.s, q.s))}
+	return Ports{mergeSpans(all)}
 }
 
 // Intersect returns the ports that are in both sets.
