@@ -184,12 +184,10 @@ func (q question) family() rules.Family {
 func explainPacket(cmd *cobra.Command, args []string, o Options) error {
 	p := newParser(cmd, args)
 	q := p.question()
-	base, err := p.reuse(cmd, o)
+	r, err := p.request(cmd, o)
 	if err != nil {
-		return explain(cmd, err)
+		return err
 	}
-	r := p.request(cmd, o, base)
-	p.say(cmd)
 	log := logger(cmd, r.Verbose)
 	p.logSources(log, r.config)
 	runner := o.runner(log)

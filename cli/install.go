@@ -61,12 +61,10 @@ func InstallTransparentProxy(o Options) *cobra.Command {
 
 func install(cmd *cobra.Command, args []string, o Options) error {
 	p := newParser(cmd, args)
-	base, err := p.reuse(cmd, o)
+	r, err := p.request(cmd, o)
 	if err != nil {
-		return explain(cmd, err)
+		return err
 	}
-	r := p.request(cmd, o, base)
-	p.say(cmd)
 	log := logger(cmd, r.Verbose)
 	runner := o.runner(log)
 	if err := p.err(); err != nil {
@@ -93,13 +91,13 @@ func install(cmd *cobra.Command, args []string, o Options) error {
 		if err != nil {
 			return explain(cmd, err)
 		}
-		return r.printPlan(cmd.OutOrStdout(), plan, before, o)
+		return r.printPlan(cmd.OutOrStdout(), plan, before)
 	}
 	report, err := runner.Apply(cmd.Context(), plan)
 	if err != nil {
 		return explain(cmd, err)
 	}
-	unsaid(cmd, r.printInstalled(cmd.OutOrStdout(), plan, report, o))
+	unsaid(cmd, r.printInstalled(cmd.OutOrStdout(), plan, report))
 	return nil
 }
 

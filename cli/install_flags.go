@@ -150,13 +150,18 @@ type request struct {
 	// modeChosen is whether somebody chose the IP family mode, so that the
 	// Dataplane should say it too.
 	modeChosen bool
+	version    string // of the program, where it says one
 }
 
-// request reads the configuration, over base, and the flags of install over it; what
-// is wrong is in p.faults.
-func (p *parser) request(cmd *cobra.Command, o Options, base map[string]leaf) request {
+// request reads the configuration and the flags of install over it, and says the notes
+// on them; what is wrong is in p.faults. The error is that of reading what is installed.
+func (p *parser) request(cmd *cobra.Command, o Options) (request, error) {
+	base, err := p.reuse(cmd, o)
+	if err != nil {
+		return request{}, explain(cmd, err)
+	}
 	loaded := p.load(Loader{AllowUnknown: o.AllowUnknown, Environ: os.Environ(), Stdin: cmd.InOrStdin(), base: base}, p.each("config"))
-	r := request{run: p.run(loaded.Settings), config: loaded.Config, modifyIPTables: p.bool("modify-iptables")}
+	r := request{run: p.run(loaded.Settings), config: loaded.Config, modifyIPTables: p.bool("modify-iptables"), version: o.Version}
 	c := &r.config
 	set(p, "kuma-dp-user", &c.ProxyUser, func(name string) string {
 		c.ProxyUIDs = nil
@@ -171,12 +176,16 @@ func (p *parser) request(cmd *cobra.Command, o Options, base map[string]leaf) re
 	p.lock(c)
 	p.oneOf("persist", "none")
 	p.legacy(c)
+	if a := c.DNS.ControlPlane; a.IsValid() && !r.modifyIPTables {
+		p.refuse("kuma-cp-ip", a.String(), "with --modify-iptables alone: the rules hold the record of it")
+	}
 	_, r.modeChosen = loaded.From["ipFamilyMode"]
 	r.modeChosen = r.modeChosen || p.given("ip-family-mode") || c.IPFamilyMode != tproxy.DualStack
 	if !p.notLoaded {
 		p.validate(r.config)
 	}
-	return r
+	p.say(cmd)
+	return r, nil
 }
 
 // load reads the files and the environment. With a fault in them there is nothing.
@@ -251,21 +260,8 @@ func (p *parser) dns(d *tproxy.DNS) {
 	set(p, "resolv-conf", &d.ResolvConf, p.text)
 	set(p, "kuma-cp-ip", &d.ControlPlane, p.server)
 	set(p, "modify-resolv-conf", &d.ModifyShared, p.bool)
-	if p.given("skip-resolv-conf") {
-		skip := p.bool("skip-resolv-conf")
-		if p.given("modify-resolv-conf") && skip == d.ModifyShared {
-			p.refuse("skip-resolv-conf", p.text("skip-resolv-conf"), "only --modify-resolv-conf")
-		}
-		p.deprecated("skip-resolv-conf", fmt.Sprintf("use --modify-resolv-conf=%t", !skip))
-		if skip {
-			d.ControlPlane = netip.Addr{}
-		}
-	}
 	if p.given("modify-resolv-conf") && !d.ModifyShared {
 		d.ControlPlane = netip.Addr{}
-	}
-	if d.ControlPlane.IsValid() && !p.bool("modify-iptables") {
-		p.refuse("kuma-cp-ip", d.ControlPlane.String(), "with --modify-iptables alone: the rules hold the record of it")
 	}
 }
 

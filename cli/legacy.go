@@ -2,6 +2,7 @@ package cli
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
@@ -31,6 +32,7 @@ type legacyFlag struct {
 }
 
 var legacyFlags = []legacyFlag{
+	{"skip-resolv-conf", "false", (*parser).legacySkip},
 	{"kuma-dp-uid", "", (*parser).legacyUser},
 	{"redirect-inbound-port-v6", "", (*parser).legacyPortV6},
 	{"ipv6-disabled", "false", (*parser).legacyIPv6},
@@ -40,7 +42,6 @@ var legacyFlags = []legacyFlag{
 	}},
 	{"exclude-outbound-tcp-ports-for-uids", "", legacyExclusions("tcp")},
 	{"exclude-outbound-udp-ports-for-uids", "", legacyExclusions("udp")},
-	{"skip-resolv-conf", "false", func(*parser, *tproxy.Config, string) {}}, // see parser.dns
 	{"redirect-dns-upstream-target-chain", "RETURN", func(p *parser, _ *tproxy.Config, name string) {
 		if s := p.text(name); s != "" && s != "RETURN" {
 			p.fault(fmt.Sprintf("--%s: %q is not supported: accepted is RETURN, which is what the proxy's own queries do", name, s))
@@ -49,7 +50,7 @@ var legacyFlags = []legacyFlag{
 		p.deprecated(name, "it has no effect")
 	}},
 	{"experimental-transparent-proxy-engine", "false", noEffect("there is one engine")},
-	{"ebpf-enabled", "false", onlyFalse("there are iptables rules alone", "is not supported", "false: there are iptables rules alone")},
+	{"ebpf-enabled", "false", (*parser).legacyEBPF},
 	{"ebpf-programs-source-path", "", noEffect("there are iptables rules alone")},
 	{"ebpf-instance-ip", "", noEffect("there are iptables rules alone")},
 	{"ebpf-bpffs-path", "", noEffect("there are iptables rules alone")},
@@ -96,14 +97,25 @@ func noEffect(why string) func(*parser, *tproxy.Config, string) {
 	return func(p *parser, _ *tproxy.Config, name string) { p.deprecated(name, "it has no effect: "+why) }
 }
 
-// onlyFalse is for a switch that must be off.
-func onlyFalse(why, what, accepted string) func(*parser, *tproxy.Config, string) {
-	return func(p *parser, _ *tproxy.Config, name string) {
-		if p.bool(name) {
-			p.fault(fmt.Sprintf("--%s: %q %s: accepted is %s", name, p.text(name), what, accepted))
-			return
-		}
-		p.deprecated(name, "it has no effect: "+why)
+// legacyEBPF is a switch that must be off.
+func (p *parser) legacyEBPF(_ *tproxy.Config, name string) {
+	if p.bool(name) {
+		p.fault(fmt.Sprintf("--%s: %q is not supported: accepted is false: there are iptables rules alone", name, p.text(name)))
+		return
+	}
+	p.deprecated(name, "it has no effect: there are iptables rules alone")
+}
+
+// legacySkip is the contrary of a flag of today.
+func (p *parser) legacySkip(c *tproxy.Config, name string) {
+	const current = "modify-resolv-conf"
+	skip := p.bool(name)
+	if p.given(current) && skip == p.bool(current) {
+		p.refuse(name, p.text(name), "only --"+current)
+	}
+	p.deprecated(name, fmt.Sprintf("use --%s=%t", current, !skip))
+	if skip {
+		c.DNS.ControlPlane = netip.Addr{}
 	}
 }
 

@@ -75,7 +75,7 @@ func (r request) nothing(cmd *cobra.Command) error {
 // printPlan prints what an install would do to what is there, with the scripts ready for
 // iptables-restore --noflush: from "### IPv4 ###", or "### IPv6 ###", up to the
 // next such line or the end.
-func (r request) printPlan(w io.Writer, plan *tproxy.Plan, before *exec.Installation, o Options) error {
+func (r request) printPlan(w io.Writer, plan *tproxy.Plan, before *exec.Installation) error {
 	if r.format != asText {
 		return r.writeDocument(w, planJSON(plan, before))
 	}
@@ -85,7 +85,7 @@ func (r request) printPlan(w io.Writer, plan *tproxy.Plan, before *exec.Installa
 	for i, s := range plan.Steps {
 		head.linef("step %d: %s\n  undo: %s", i+1, s, s.Undo())
 	}
-	head.former(before, plan.Config, o.Version)
+	head.former(before, plan.Config, r.version)
 	head.decisions(plan)
 	head.notes(plan.Notes)
 	head.linef("the scripts are those of a fresh install, for iptables-restore --noflush")
@@ -99,7 +99,7 @@ func (r request) printPlan(w io.Writer, plan *tproxy.Plan, before *exec.Installa
 }
 
 // printInstalled prints what an install did and what is left to do.
-func (r request) printInstalled(w io.Writer, plan *tproxy.Plan, report *exec.Report, o Options) error {
+func (r request) printInstalled(w io.Writer, plan *tproxy.Plan, report *exec.Report) error {
 	if r.format != asText {
 		return r.writeDocument(w, r.installJSON(plan, report))
 	}
@@ -111,7 +111,7 @@ func (r request) printInstalled(w io.Writer, plan *tproxy.Plan, report *exec.Rep
 	if report.Retries > 0 {
 		p.linef("Tried again, as other programs held the lock or changed their rules meanwhile: %d", report.Retries)
 	}
-	p.former(report.Before, plan.Config, o.Version)
+	p.former(report.Before, plan.Config, r.version)
 	p.decisions(plan)
 	p.notes(plan.Notes, report.Notes)
 	p.dataplane(r.dataplane(plan))

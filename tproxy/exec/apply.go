@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/dns"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
@@ -101,8 +102,7 @@ type job struct {
 	family  rules.Family
 	want    func(tproxy.Record) rules.Set
 
-	before live     // read before anything was written, or after a drain
-	ports  []uint16 // to which what stood there before a drain redirected
+	before live // read before anything was written, or after a drain
 }
 
 func nothing(tproxy.Record) rules.Set { return rules.Set{} }
@@ -172,9 +172,10 @@ type transaction struct {
 	undo   []undo
 	jobs   []job
 
-	put        *tproxy.PutNameserver
-	resolvConf string // that may hold a nameserver of ours
-	names      names
+	put        *tproxy.PutNameserver // nil puts none in
+	into       dns.Manager           // of the file into which it goes
+	resolvConf string                // that may hold a nameserver of ours
+	drop       []removal
 
 	removes  bool // everything goes
 	drainFor time.Duration
@@ -222,7 +223,7 @@ func (t *transaction) execute(ctx context.Context, ipv6 bool, find func() ([]job
 		}
 	}
 	t.jobs, t.report.Before = jobs, installation(jobs)
-	if err := t.lookAtNames(t.put, t.resolvConf); err != nil {
+	if err := t.lookAtNames(); err != nil {
 		return err
 	}
 	if err = t.drain(ctx, jobs, rec); err != nil {
@@ -392,18 +393,19 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 		if err == nil {
 			return done()
 		}
-		again, readErr := t.save(ctx, j.variant, j.family)
+		again, moved := t.movedUnder(ctx, j, now, err)
 		switch {
-		case readErr == nil && changes+1 < maxTries && retryable(err) && changed(j.family, tableOf(err), now, again) && ctx.Err() == nil:
+		case moved && changes+1 < maxTries && ctx.Err() == nil:
 			t.log.Warn("the rules changed under us; trying again", "family", j.family, "try", try, "error", err)
 			changes++
 			t.retries++
-		case readErr == nil && changes+1 >= maxTries && retryable(err) && changed(j.family, tableOf(err), now, again):
+		case moved && changes+1 >= maxTries:
 			e, _ := errors.AsType[*ApplyError](err)
 			e.Err = fmt.Errorf("other programs changed the rules each of %d times (%w)", maxTries, e.Err)
 			e.Remedy = "find out what changes them all the time, or try again later"
 			return e
 		case t.pass(ctx, j.step, err, &passed):
+			var readErr error
 			if again, readErr = t.save(ctx, j.variant, j.family); readErr != nil {
 				return err
 			}
@@ -416,6 +418,16 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 
 func putBackText(j *job) string {
 	return tproxy.ReplaceRules{Family: j.family, Backend: j.variant.Backend}.Undo()
+}
+
+// movedUnder reads the rules again after a restore that failed, and reports whether
+// that is so because somebody changed them since now was read.
+func (t *transaction) movedUnder(ctx context.Context, j *job, now live, failed error) (again live, moved bool) {
+	if !retryable(failed) {
+		return live{}, false
+	}
+	again, err := t.save(ctx, j.variant, j.family)
+	return again, err == nil && changed(j.family, tableOf(failed), now, again)
 }
 
 // changed reports whether somebody changed the rules of the table that failed
@@ -456,15 +468,10 @@ func (t *transaction) putBack(ctx context.Context, j *job) (bool, error) {
 		if err = t.restore(ctx, j.variant, j.family, putBackText(j), script); err == nil {
 			return true, nil
 		}
-		if changes+1 < maxTries && retryable(err) {
-			again, readErr := t.save(ctx, j.variant, j.family)
-			if readErr == nil && changed(j.family, tableOf(err), now, again) {
-				changes++
-				t.retries++
-				continue
-			}
-		}
-		if !t.pass(ctx, putBackText(j), err, &passed) {
+		if _, moved := t.movedUnder(ctx, j, now, err); moved && changes+1 < maxTries {
+			changes++
+			t.retries++
+		} else if !t.pass(ctx, putBackText(j), err, &passed) {
 			return true, err
 		}
 	}

@@ -57,7 +57,6 @@ func (t *transaction) drain(ctx context.Context, jobs []job, rec tproxy.Record) 
 		if err != nil {
 			return err
 		}
-		jobs[i].ports = redirectPorts(jobs[i].before)
 		jobs[i].before = l
 	}
 	return nil
@@ -69,7 +68,7 @@ func (t *transaction) redirected(jobs []job) (sum int, err error) {
 		var ports []uint16
 		for _, j := range jobs {
 			if j.family == f {
-				ports = append(append(ports, j.ports...), redirectPorts(j.before)...)
+				ports = append(ports, redirectPorts(j.before)...)
 			}
 		}
 		if len(ports) == 0 {

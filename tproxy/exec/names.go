@@ -36,12 +36,7 @@ func (s *session) byResolved(h *tproxy.Host) {
 	}
 }
 
-// names is what a transaction does to files of the kind of resolv.conf.
-type names struct {
-	put  *tproxy.PutNameserver // nil puts none in
-	drop []removal
-}
-
+// removal is a file out of which a nameserver of ours goes.
 type removal struct {
 	dns.Manager
 	dns.Removal
@@ -49,9 +44,8 @@ type removal struct {
 
 // lookAtNames finds, before anything is written, the files that hold a nameserver of
 // ours that goes, and whether one can go in.
-func (t *transaction) lookAtNames(put *tproxy.PutNameserver, path string) error {
-	t.names = names{put: put}
-	paths := []string{path}
+func (t *transaction) lookAtNames() error {
+	put, paths := t.put, []string{t.resolvConf}
 	shared := put != nil && put.Shared
 	if before := t.report.Before; before != nil && before.Unknown == nil {
 		if n := before.Config.Needs().Nameserver; n != nil {
@@ -60,7 +54,8 @@ func (t *transaction) lookAtNames(put *tproxy.PutNameserver, path string) error 
 		}
 	}
 	if put != nil {
-		if _, err := t.m.resolvConf(put.Path, put.Shared).Inspect(put.Address); err != nil {
+		t.into = t.m.resolvConf(put.Path, put.Shared)
+		if _, err := t.into.Inspect(put.Address); err != nil {
 			return &ApplyError{Step: put.String(), Err: err, Remedy: leaveFile}
 		}
 	}
@@ -77,7 +72,7 @@ func (t *transaction) lookAtNames(put *tproxy.PutNameserver, path string) error 
 		case r.Nothing() && len(r.Left) > 0:
 			t.report.Notes = append(t.report.Notes, r.Left...)
 		case !r.Nothing():
-			t.names.drop = append(t.names.drop, removal{m, r})
+			t.drop = append(t.drop, removal{m, r})
 		}
 	}
 	return nil
@@ -85,7 +80,7 @@ func (t *transaction) lookAtNames(put *tproxy.PutNameserver, path string) error 
 
 // writeNames takes nameservers of ours out, and puts one in.
 func (t *transaction) writeNames(ctx context.Context) error {
-	for _, d := range t.names.drop {
+	for _, d := range t.drop {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -106,20 +101,19 @@ func (t *transaction) writeNames(ctx context.Context) error {
 			return err == nil, err
 		})
 	}
-	put := t.names.put
+	put := t.put
 	if put == nil {
 		return nil
 	}
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	m := t.m.resolvConf(put.Path, put.Shared)
-	done, err := m.Install(put.Address)
+	done, err := t.into.Install(put.Address)
 	if err != nil {
 		return &ApplyError{Step: put.String(), Err: err, Remedy: leaveFile}
 	}
 	if done.How != dns.Unchanged {
-		t.did(done.String(), done.Undo(), func(context.Context) (bool, error) { return true, m.Undo(done) })
+		t.did(done.String(), done.Undo(), func(context.Context) (bool, error) { return true, t.into.Undo(done) })
 	}
 	return nil
 }

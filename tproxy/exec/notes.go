@@ -125,9 +125,9 @@ func (t *transaction) kuma(done string) (notes []string) {
 	return notes
 }
 
-// What Kuma's installers leave beside rules: a copy of all rules for each time that
-// they replaced them (pkg/transparentproxy/config/utils.go), in the folder for
-// temporary files, and the resolv.conf of before Kuma 1.x changed it.
+// kumaBackups are what Kuma's installers leave beside rules: a copy of all rules for
+// each time that they replaced them (pkg/transparentproxy/config/utils.go), in the
+// folder for temporary files.
 var kumaBackups = []string{
 	filepath.Join(os.TempDir(), "iptables-rules.????-??-??-??????.txt.backup"),
 	filepath.Join(os.TempDir(), "ip6tables-rules.????-??-??-??????.txt.backup"),

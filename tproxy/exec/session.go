@@ -7,6 +7,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
@@ -75,8 +76,8 @@ func (s *session) run(ctx context.Context, c command) (result, error) {
 }
 
 // buildVersion is this module's version in the program that runs, or "" where it was
-// built from its sources.
-func buildVersion() string {
+// built from its sources. It is read once: the list of modules can be long.
+var buildVersion = sync.OnceValue(func() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return ""
@@ -87,6 +88,6 @@ func buildVersion() string {
 		}
 	}
 	return ""
-}
+})
 
 const modulePath = "github.com/kumahq/kuma-tproxy"
