@@ -18,38 +18,15 @@ package main
 
 import (
 	"errors"
-	"flag"
 	"fmt"
-	"os"
-	"time"
 
 	"github.com/kumahq/kuma-tproxy/bench/internal/crowd"
-	"github.com/kumahq/kuma-tproxy/internal/netlab"
 	"github.com/kumahq/kuma-tproxy/internal/oldkuma"
 	"github.com/kumahq/kuma-tproxy/tproxy"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
-func main() {
-	flags := flag.NewFlagSet("moveover", flag.ContinueOnError)
-	rounds := flags.Int("rounds", 20, "how often the rules change hands, each way")
-	out := flags.String("out", "", "write the results to this `file` too")
-	date := flags.String("date", time.Now().Format(time.DateOnly), "the `date` in the results")
-	if flags.Parse(os.Args[1:]) != nil {
-		os.Exit(2)
-	}
-	code, inside, err := netlab.Reexec()
-	if err == nil && !inside {
-		os.Exit(code)
-	}
-	if err == nil {
-		err = run(*rounds, *date, *out)
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "moveover:", err)
-		os.Exit(1)
-	}
-}
+func main() { crowd.Main("moveover", "how often the rules change hands, each way", run) }
 
 func run(rounds int, date, out string) error {
 	p, err := crowd.NewPage(fmt.Sprintf("go run ./bench/moveover -rounds %d -out bench/results/moveover.txt", rounds), date)

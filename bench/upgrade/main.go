@@ -17,38 +17,16 @@ package main
 
 import (
 	"errors"
-	"flag"
 	"fmt"
-	"os"
 	"time"
 
 	"github.com/kumahq/kuma-tproxy/bench/internal/crowd"
-	"github.com/kumahq/kuma-tproxy/internal/netlab"
 	"github.com/kumahq/kuma-tproxy/tproxy"
 	"github.com/kumahq/kuma-tproxy/tproxy/exec"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
-func main() {
-	flags := flag.NewFlagSet("upgrade", flag.ContinueOnError)
-	rounds := flags.Int("rounds", 20, "how often each change is made")
-	out := flags.String("out", "", "write the results to this `file` too")
-	date := flags.String("date", time.Now().Format(time.DateOnly), "the `date` in the results")
-	if flags.Parse(os.Args[1:]) != nil {
-		os.Exit(2)
-	}
-	code, inside, err := netlab.Reexec()
-	if err == nil && !inside {
-		os.Exit(code)
-	}
-	if err == nil {
-		err = run(*rounds, *date, *out)
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "upgrade:", err)
-		os.Exit(1)
-	}
-}
+func main() { crowd.Main("upgrade", "how often each change is made", run) }
 
 // host is one with two configs to choose from.
 type host struct {

@@ -8,11 +8,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net/netip"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/kumahq/kuma-tproxy/internal/netlab"
 	"github.com/kumahq/kuma-tproxy/tproxy"
@@ -28,6 +30,29 @@ const (
 )
 
 const appUID = 1000
+
+// Main is the main function of a benchmark: it reads the flags, enters namespaces
+// where that takes another process, and runs it. rounds says what they are.
+func Main(name, rounds string, run func(rounds int, date, out string) error) {
+	flags := flag.NewFlagSet(name, flag.ContinueOnError)
+	n := flags.Int("rounds", 20, rounds)
+	out := flags.String("out", "", "write the results to this `file` too")
+	date := flags.String("date", time.Now().Format(time.DateOnly), "the `date` in the results")
+	if flags.Parse(os.Args[1:]) != nil {
+		os.Exit(2)
+	}
+	code, inside, err := netlab.Reexec()
+	if err == nil && !inside {
+		os.Exit(code)
+	}
+	if err == nil {
+		err = run(*n, *date, *out)
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", name, err)
+		os.Exit(1)
+	}
+}
 
 // Host is the host in the middle.
 type Host struct {

@@ -75,16 +75,6 @@ func installed(t *testing.T, text string) string {
 	return string(e.Text)
 }
 
-// program skips a test that needs one that is not everywhere; hack/deps ci brings
-// strace.
-func program(t *testing.T, name string) {
-	t.Helper()
-	netlab.Require(t)
-	if _, err := osexec.LookPath(name); err != nil {
-		t.Skip(err)
-	}
-}
-
 func TestManagerOnARealDisk(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "resolv.conf")
@@ -288,7 +278,7 @@ func state(t *testing.T, dir string) (out []string) {
 }
 
 func TestImmutable(t *testing.T) {
-	program(t, "chattr")
+	netlab.Require(t, "chattr")
 	path := filepath.Join(t.TempDir(), "resolv.conf")
 	write(t, path, text)
 	for _, flag := range []string{"i", "a"} {
@@ -340,7 +330,7 @@ func TestPermissions(t *testing.T) {
 // calls that change the file system leaves the old file or the new one, and an
 // uninstall mends it.
 func TestKilledAtEverySystemCall(t *testing.T) {
-	program(t, "strace")
+	netlab.Require(t, "strace")
 	if testing.Short() {
 		t.Skip("starts some hundred processes")
 	}
