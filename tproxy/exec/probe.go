@@ -155,20 +155,19 @@ func (s *session) inboundPorts(n tproxy.Needs, h *tproxy.Host) error {
 	return nil
 }
 
-// resolvers reads resolv.conf, and finds who answers at those of its servers
-// that are this host.
-func (s *session) resolvers(n tproxy.Needs, h *tproxy.Host) error {
+// nameservers reads the servers of resolv.conf as the file is to be: with the one that
+// an install puts in, and without one that an earlier install did.
+func (s *session) nameservers(n tproxy.Needs, h *tproxy.Host) error {
 	path := n.ResolvConf
 	text, err := s.m.readFile(path)
-	if errors.Is(err, fs.ErrNotExist) && n.Nameserver == nil {
-		h.Notes = append(h.Notes, path+" does not exist: it names no nameserver")
-		return nil
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		if n.Nameserver == nil {
+			h.Notes = append(h.Notes, path+" does not exist: it names no nameserver")
+		}
+	case err != nil:
 		return fmt.Errorf("nameservers: %w", err)
 	}
-	// As the file is to be: with the nameserver that an install puts in, and without
-	// one that an earlier install did.
 	conf := dns.Parse(dns.RemoveNameserver(text))
 	h.Nameservers = conf.Nameservers
 	if n.Nameserver != nil && !slices.Contains(h.Nameservers, n.Nameserver.Address) {
@@ -176,6 +175,14 @@ func (s *session) resolvers(n tproxy.Needs, h *tproxy.Host) error {
 	}
 	for _, l := range conf.Ignored {
 		h.Notes = append(h.Notes, fmt.Sprintf("%s line %d names no nameserver for us (%s): %q", path, l.Number, l.Why, l.Text))
+	}
+	return nil
+}
+
+// resolvers finds who answers at those nameservers of resolv.conf that are this host.
+func (s *session) resolvers(n tproxy.Needs, h *tproxy.Host) error {
+	if err := s.nameservers(n, h); err != nil || len(h.Nameservers) == 0 {
+		return err
 	}
 	local, err := s.m.localAddresses()
 	if err != nil {
