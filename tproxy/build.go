@@ -39,6 +39,15 @@ var (
 	addPassthrough Step = AddAddress{passthrough6}
 )
 
+// routeAnew has a packet routed as if it had not been bound to the interface of ours,
+// which leads nowhere: a packet whose mark changes in OUTPUT of mangle is
+// (ipt_mangle_out, net/ipv4/netfilter/iptable_mangle.c; nf_route_table_hook4,
+// net/netfilter/nft_chain_route.c), by the socket's own binding, which
+// systemd-resolved has taken back by then. One bit, because any change does.
+var routeAnew = rule("to the control plane by the way that others go", rules.SetMark{Value: meshMark, Mask: meshMark})
+
+const meshMark = 0x10
+
 // dnsZone is the conntrack zone of redirected queries and of the answers to
 // them. Everything else stays in the default zone, 0.
 const dnsZone = 2
@@ -464,9 +473,14 @@ func (p *Plan) steps() {
 	if slices.Contains(p.Families, rules.IPv6) && !p.Host.PassthroughAddress {
 		p.Steps = append(p.Steps, addPassthrough)
 	}
-	if n := p.Config.Needs().Nameserver; n != nil {
-		n.do, n.undo = p.Host.Nameserver.Do, p.Host.Nameserver.Undo
+	n, f := p.Config.Needs().Nameserver, p.Host.Nameserver
+	switch {
+	case n == nil:
+	case f.Split == NoSplit:
+		n.do, n.undo = f.Do, f.Undo
 		p.Steps = append(p.Steps, *n)
+	default:
+		p.Steps = append(p.Steps, SplitNames{n.Address, f.Split, f.Do, f.Undo})
 	}
 }
 
@@ -507,6 +521,10 @@ func (p *Plan) set() rules.Set {
 				rules.Chain{Table: rules.Raw, Name: chainZone, Rules: p.zone()},
 				rules.Chain{Table: rules.Raw, Name: chainZoneQuery, Rules: p.zoneQueries()})
 		}
+	}
+	if c.DNS.ControlPlane.IsValid() && p.Host.Nameserver.Split == SplitLink {
+		s.Bases = append(s.Bases, rules.BaseChain{Table: rules.Mangle, Hook: rules.Output, Place: rules.First, Rules: []rules.Rule{jumpNames}})
+		s.Chains = append(s.Chains, rules.Chain{Table: rules.Mangle, Name: chainNames, Rules: []rules.Rule{routeAnew}})
 	}
 	nat(chainRecord, nil) // filled once the rules are there: it says what they do not
 	return s

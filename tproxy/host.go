@@ -35,7 +35,8 @@ type Host struct {
 	// Variants are the variants of iptables that were found, in the order of
 	// preference.
 	Variants []Variant
-	// Nameserver is what is known of the resolv.conf that is to be changed.
+	// Nameserver is what is known of the resolv.conf that is to be changed, or of
+	// systemd-resolved, which answers for it.
 	Nameserver NameserverFile
 	// Notes is what the observer has to say and no rule shows.
 	Notes []string
@@ -48,7 +49,29 @@ type NameserverFile struct {
 	// Refused is the reason for which it must not be changed: somebody else manages
 	// it, or it is not this network namespace's.
 	Refused string
+	// Split is how systemd-resolved, where it answers for the file, sends the names of
+	// the mesh alone to the control plane; the file stays as it is.
+	Split Split
 }
+
+// Split is how systemd-resolved is told to ask the control plane for the names of the
+// mesh, and for no other.
+type Split uint8
+
+// The ways.
+const (
+	// NoSplit is for a nameserver in the file.
+	NoSplit Split = iota
+	// SplitDelegate is a file of systemd.dns-delegate(5), of systemd 258 and later.
+	SplitDelegate
+	// SplitLink is the interface MeshLink, with the control plane as its server. It
+	// takes a rule: what leaves by it is routed anew.
+	SplitLink
+)
+
+// MeshLink is the interface of ours by which an older systemd-resolved asks the
+// control plane.
+const MeshLink = "kuma-mesh"
 
 // User is a user of the machine's name service.
 type User struct {

@@ -71,7 +71,17 @@ type PutNameserver struct {
 	do, undo string // where the file was looked at
 }
 
+// SplitNames has systemd-resolved ask a control plane for the names of the mesh, and
+// for no other.
+type SplitNames struct {
+	Address netip.Addr
+	By      Split
+
+	do, undo string // where systemd-resolved was looked at
+}
+
 func (PutNameserver) step() {}
+func (SplitNames) step()    {}
 func (AddAddress) step()    {}
 func (ReplaceRules) step()  {}
 func (RemoveRules) step()   {}
@@ -94,6 +104,21 @@ func (s PutNameserver) Undo() string {
 		return s.undo
 	}
 	return s.Path + " as it was; what somebody else changed meanwhile stays"
+}
+
+func (s SplitNames) String() string {
+	if s.do != "" {
+		return s.do
+	}
+	return fmt.Sprintf("names of the mesh to %s, by systemd-resolved", s.Address)
+}
+
+// Undo has the names of the mesh resolved like all others again.
+func (s SplitNames) Undo() string {
+	if s.undo != "" {
+		return s.undo
+	}
+	return "names of the mesh as before, by systemd-resolved"
 }
 
 func (s ReplaceRules) String() string {
@@ -132,6 +157,7 @@ const (
 	chainZone      = "KUMA_MESH_DNS_ZONE"
 	chainZoneQuery = "KUMA_MESH_DNS_ZONE_QUERY"
 	chainRecord    = "KUMA_MESH_RECORD"
+	chainNames     = "KUMA_MESH_NAMES"
 )
 
 // The jumps of ours, which are the same for every Config.
@@ -158,6 +184,13 @@ var (
 	}
 )
 
+// jumpNames takes what leaves by the interface of ours.
+var jumpNames = rules.Rule{
+	Matches: []rules.Match{rules.OutInterface{Name: MeshLink}},
+	Action:  rules.Jump{Chain: chainNames},
+	Why:     commentPrefix + "systemd-resolved asks the control plane for names of the mesh",
+}
+
 // commentPrefix begins the comment of every jump, and of the record: Kuma's own
 // uninstall looks for it.
 const commentPrefix = "kuma/mesh/transparent/proxy/"
@@ -171,6 +204,7 @@ func Known() rules.Set {
 			{Table: rules.NAT, Hook: rules.Prerouting, Rules: []rules.Rule{jumpInbound}},
 			{Table: rules.NAT, Hook: rules.Output, Place: rules.First, Rules: []rules.Rule{jumpDNS, jumpOutbound}},
 			{Table: rules.Raw, Hook: rules.Output, Place: rules.First, Rules: []rules.Rule{jumpZone}},
+			{Table: rules.Mangle, Hook: rules.Output, Place: rules.First, Rules: []rules.Rule{jumpNames}},
 		},
 		Chains: []rules.Chain{
 			{Table: rules.NAT, Name: chainInbound},
@@ -180,6 +214,7 @@ func Known() rules.Set {
 			{Table: rules.NAT, Name: chainRecord},
 			{Table: rules.Raw, Name: chainZone},
 			{Table: rules.Raw, Name: chainZoneQuery},
+			{Table: rules.Mangle, Name: chainNames},
 		},
 	}
 }

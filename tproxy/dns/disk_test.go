@@ -205,6 +205,29 @@ func (d *disk) Remove(name string) error {
 	return nil
 }
 
+func (d *disk) MakeFolder(name string) error {
+	if err := d.before("mkdir", name); err != nil {
+		return err
+	}
+	if _, err := d.Lstat(name); err == nil {
+		return &fs.PathError{Op: "mkdir", Path: name, Err: fs.ErrExist}
+	}
+	d.folder(name)
+	return nil
+}
+
+func (d *disk) RemoveFolder(name string) error {
+	if err := d.before("rmdir", name); err != nil {
+		return err
+	}
+	for other := range d.nodes {
+		if strings.HasPrefix(other, name+"/") {
+			return &fs.PathError{Op: "rmdir", Path: name, Err: errors.New("directory not empty")}
+		}
+	}
+	return d.Remove(name)
+}
+
 // killed is what a step panics with when the process is killed in front of it.
 var killed = errors.New("killed")
 

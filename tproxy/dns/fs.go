@@ -78,6 +78,10 @@ type FS interface {
 	// RenameNew is a Rename that fails with fs.ErrExist where to exists.
 	RenameNew(from, to string) error
 	Remove(name string) error
+	// MakeFolder makes a folder that everybody may read; fs.ErrExist where something
+	// stands there. RemoveFolder removes one that is empty.
+	MakeFolder(name string) error
+	RemoveFolder(name string) error
 }
 
 // ErrBusy is for a rename onto a mount point.

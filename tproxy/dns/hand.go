@@ -16,6 +16,9 @@ type OwnedError struct {
 	Address netip.Addr // that was to be the nameserver
 	Systemd int        // the version of systemd, where known
 	Clues   []Clue
+	// Why is the reason for which it is not told to ask the control plane either;
+	// empty where there is none but that.
+	Why string
 }
 
 func (e *OwnedError) Error() string {
@@ -24,12 +27,12 @@ func (e *OwnedError) Error() string {
 	for _, c := range e.Clues {
 		fmt.Fprintf(&b, "\n  %s", c)
 	}
+	if e.Why != "" {
+		fmt.Fprintf(&b, "\n%s", e.Why)
+	}
 	fmt.Fprintf(&b, "\nby hand: %s\nor install with --modify-resolv-conf=false, and names are resolved as before", e.Remedy())
 	return b.String()
 }
-
-// mesh is the domain that the control plane answers for.
-const mesh = "mesh"
 
 // Remedy says what to do by hand.
 func (e *OwnedError) Remedy() string {
@@ -40,7 +43,7 @@ func (e *OwnedError) Remedy() string {
 	case ResolvedStub, ResolvedStatic, ResolvedUplink:
 		return e.resolved(a)
 	case NetworkManager:
-		return "with dns=dnsmasq in NetworkManager.conf(5), a file /etc/NetworkManager/dnsmasq.d/kuma.conf with the line server=/" + mesh + "/" + a +
+		return "with dns=dnsmasq in NetworkManager.conf(5), a file /etc/NetworkManager/dnsmasq.d/kuma.conf with the line server=/" + Mesh + "/" + a +
 			" sends the names of the mesh alone to the control plane (dnsmasq(8)); or nmcli connection modify NAME ipv4.dns '" + a + " OTHERS', ipv6.dns for an IPv6 address, in the order in which they are to be asked (nmcli(1)); or set dns=none in its section [main], reload it, and install again: then the file is yours"
 	case Openresolv:
 		return "set name_servers=" + strconv.Quote(a) + " in /etc/resolvconf.conf (resolvconf.conf(5)), and run resolvconf -u"
@@ -57,30 +60,27 @@ func (e *OwnedError) Remedy() string {
 	case ConnMan:
 		return "connmanctl config SERVICE --nameservers " + a + " (connmanctl(1)), followed by those that it has"
 	case Tailscale:
-		return "tailscale set --accept-dns=false, and install again; or add " + a + " in the DNS settings of the tailnet, for the domain " + mesh
+		return "tailscale set --accept-dns=false, and install again; or add " + a + " in the DNS settings of the tailnet, for the domain " + Mesh
 	case WSL:
 		return "set generateResolvConf=false in the section [network] of /etc/wsl.conf, replace the link by a file, and install again"
 	}
 	return "have that program put the line nameserver " + a + " in front of the others, or keep it from writing the file and install again"
 }
 
-// resolved says how systemd-resolved sends the names of the mesh alone to the
-// control plane.
+// resolved says what is left to do where systemd-resolved cannot be told by us to
+// send the names of the mesh alone to the control plane.
 func (e *OwnedError) resolved(a string) string {
-	delegate := fmt.Sprintf("a file /etc/systemd/dns-delegate.d/kuma.dns-delegate with the lines [Delegate], DNS=%s and Domains=~%s (systemd.dns-delegate(5)), and systemctl restart systemd-resolved", a, mesh)
-	link := fmt.Sprintf("on an interface of its own, for it replaces the servers that the interface has: resolvectl dns IFACE %s, resolvectl domain IFACE '~%s', resolvectl default-route IFACE false (resolvectl(1)), again after each boot; or the same in a file of systemd.network(5): DNS=%s, Domains=~%s, DNSDefaultRoute=no", a, mesh, a, mesh)
-	drop := fmt.Sprintf("DNS=%s and Domains=~%s in resolved.conf(5) is no way: its servers are asked for every name that no other routing domain matches, not for %s alone (systemd-resolved.service(8))", a, mesh, mesh)
+	stub := "ln -sf ../run/systemd/resolve/stub-resolv.conf /etc/resolv.conf, so that programs ask systemd-resolved, and install again: then the names of the mesh alone go to the control plane"
+	delegate := fmt.Sprintf("a file in /etc/systemd/dns-delegate.d with the lines [Delegate], DNS=%s and Domains=~%s (systemd.dns-delegate(5)), and systemctl reload systemd-resolved", a, Mesh)
+	drop := fmt.Sprintf("DNS=%s and Domains=~%s in resolved.conf(5) is no way: its servers are asked for every name that no other routing domain matches, not for %s alone (systemd-resolved.service(8))", a, Mesh, Mesh)
 	switch {
+	case e.Mode == ResolvedUplink && e.Path == DefaultPath:
+		return stub
 	case e.Systemd >= delegateVersion:
 		return delegate + "; " + drop
-	case e.Systemd > 0:
-		return fmt.Sprintf("systemd is version %d; before %d, %s; %s", e.Systemd, delegateVersion, link, drop)
 	}
-	return fmt.Sprintf("with systemd %d and later, %s; before, %s; %s", delegateVersion, delegate, link, drop)
+	return fmt.Sprintf("with systemd %d and later, %s; before, take an IPv4 address of the control plane that is not loopback, on the host itself; %s", delegateVersion, delegate, drop)
 }
-
-// delegateVersion is the systemd that brought dns-delegate files.
-const delegateVersion = 258
 
 // SystemdVersion returns the version of systemd, 0 where it is not known. Its
 // private library bears the version in its name, so no program is started.

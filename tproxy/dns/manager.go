@@ -217,7 +217,7 @@ func (m Manager) Inspect(a netip.Addr) (Plan, error) {
 		return p, err
 	}
 	if !p.Mode.Ours() {
-		return p, &OwnedError{p.Path, p.Mode, a, SystemdVersion(env.View), p.Clues}
+		return p, &OwnedError{Path: p.Path, Mode: p.Mode, Address: a, Systemd: SystemdVersion(env.View), Clues: p.Clues}
 	}
 	if p.before, err = m.look(); err != nil {
 		return p, err

@@ -40,7 +40,7 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 		return nil, err
 	}
 	t := &transaction{session: s, report: &Report{Backend: p.Backend, Why: p.BackendWhy}, bare: p.Config.DisableComments,
-		put: p.Config.Needs().Nameserver, resolvConf: tproxy.DefaultResolvConf}
+		put: p.Config.Needs().Nameserver, split: p.Host.Nameserver.Split, resolvConf: tproxy.DefaultResolvConf}
 	err = t.execute(ctx, slices.Contains(p.Families, rules.IPv6), func() ([]job, error) { return t.applyJobs(p) })
 	if err != nil {
 		return nil, err
@@ -176,6 +176,8 @@ type transaction struct {
 	into       dns.Manager           // of the file into which it goes
 	resolvConf string                // that may hold a nameserver of ours
 	drop       []removal
+	split      tproxy.Split // by which names of the mesh go to the address of put, not by its file
+	names      []namesChange
 
 	removes  bool // everything goes
 	drainFor time.Duration
@@ -223,7 +225,7 @@ func (t *transaction) execute(ctx context.Context, ipv6 bool, find func() ([]job
 		}
 	}
 	t.jobs, t.report.Before = jobs, installation(jobs)
-	if err := t.lookAtNames(); err != nil {
+	if err := t.lookAtNames(ctx); err != nil {
 		return err
 	}
 	if err = t.drain(ctx, jobs, rec); err != nil {

@@ -44,6 +44,8 @@ type fakeMachine struct {
 	dead        bool   // nothing more can be written
 	etc         string // a folder of the real machine for what stands in /etc; empty is none
 	unanswered  error
+	link        kernel.Link // of ours; the zero Link is none
+	lastLink    uint32
 	onLock      func() // what happens while we wait for the lock
 
 	commands []command
@@ -141,6 +143,36 @@ func (m *fakeMachine) resolvConf(path string, _ bool) dns.Manager {
 		FS:         files.FS{},
 		Namespaces: dns.Namespaces{Meant: true},
 	}
+}
+
+func (m *fakeMachine) delegate() dns.DelegateManager {
+	at := "/nonexistent"
+	if m.etc != "" {
+		at = m.etc
+	}
+	return dns.DelegateManager{Path: filepath.Join(at, "dns-delegate.d", filepath.Base(dns.DelegatePath)), FS: files.FS{}}
+}
+
+func (m *fakeMachine) meshLink() (kernel.Link, bool, error) { return m.link, m.link.Index != 0, nil }
+
+func (m *fakeMachine) addMeshLink(_ string, address netip.Prefix) (kernel.Link, error) {
+	if m.dead {
+		return kernel.Link{}, errKilled
+	}
+	m.writes++
+	m.lastLink++
+	m.link = kernel.Link{Index: m.lastLink, Ours: true, Up: true, Addresses: []netip.Prefix{address}}
+	return m.link, nil
+}
+
+func (m *fakeMachine) delMeshLink(l kernel.Link) (bool, error) {
+	if m.dead {
+		return false, errKilled
+	}
+	m.writes++
+	was := m.link.Index == l.Index
+	m.link = kernel.Link{}
+	return was, nil
 }
 
 func (m *fakeMachine) find(name string) (string, string) {

@@ -18,6 +18,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/kumahq/kuma-tproxy/tproxy"
 	"github.com/kumahq/kuma-tproxy/tproxy/dns"
 	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/files"
 	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
@@ -88,6 +89,12 @@ type machine interface {
 	// resolvConf manages the nameserver of ours in a file; shared is whether it may be
 	// that of another network namespace.
 	resolvConf(path string, shared bool) dns.Manager
+	// delegate manages the file of ours that systemd-resolved reads.
+	delegate() dns.DelegateManager
+	// meshLink looks for the interface tproxy.MeshLink; addMeshLink makes it.
+	meshLink() (kernel.Link, bool, error)
+	addMeshLink(alias string, address netip.Prefix) (kernel.Link, error)
+	delMeshLink(kernel.Link) (bool, error)
 	// ask sends a DNS query to a server and waits a moment for any answer.
 	ask(server netip.Addr) error
 	environ(key string) string
@@ -369,6 +376,16 @@ func (m system) resolvConf(path string, shared bool) dns.Manager {
 	out.Namespaces.Meant = shared
 	return out
 }
+
+func (system) delegate() dns.DelegateManager {
+	return dns.DelegateManager{Path: dns.DelegatePath, FS: files.FS{}}
+}
+
+func (system) meshLink() (kernel.Link, bool, error) { return kernel.FindLink(tproxy.MeshLink) }
+func (system) addMeshLink(alias string, address netip.Prefix) (kernel.Link, error) {
+	return kernel.AddLink(tproxy.MeshLink, alias, address)
+}
+func (system) delMeshLink(l kernel.Link) (bool, error) { return kernel.DelLink(l) }
 
 // answerTime is how long ask waits for an answer.
 const answerTime = time.Second

@@ -14,9 +14,13 @@ import (
 // leaveFile is what to do about a resolv.conf that cannot be changed.
 const leaveFile = "leave it as it is with --modify-resolv-conf=false"
 
-// nameserver finds out for a plan what an install would do to resolv.conf.
-func (s *session) nameserver(n tproxy.PutNameserver, h *tproxy.Host) {
+// nameserver finds out for a plan what an install would do to resolv.conf, or to
+// systemd-resolved in its place.
+func (s *session) nameserver(ctx context.Context, n tproxy.PutNameserver, h *tproxy.Host) {
 	plan, err := s.m.resolvConf(n.Path, n.Shared).Inspect(n.Address)
+	if owned, ok := errors.AsType[*dns.OwnedError](err); ok && s.split(ctx, owned, h) {
+		return
+	}
 	if err != nil {
 		h.Nameserver.Refused = err.Error()
 		return
@@ -44,7 +48,7 @@ type removal struct {
 
 // lookAtNames finds, before anything is written, the files that hold a nameserver of
 // ours that goes, and whether one can go in.
-func (t *transaction) lookAtNames() error {
+func (t *transaction) lookAtNames(ctx context.Context) error {
 	put, paths := t.put, []string{t.resolvConf}
 	shared := put != nil && put.Shared
 	if before := t.report.Before; before != nil && before.Unknown == nil {
@@ -53,7 +57,10 @@ func (t *transaction) lookAtNames() error {
 			shared = shared || n.Shared
 		}
 	}
-	if put != nil {
+	if err := t.lookAtSplit(ctx); err != nil {
+		return err
+	}
+	if put != nil && t.split == tproxy.NoSplit {
 		t.into = t.m.resolvConf(put.Path, put.Shared)
 		if _, err := t.into.Inspect(put.Address); err != nil {
 			return &ApplyError{Step: put.String(), Err: err, Remedy: leaveFile}
@@ -61,7 +68,7 @@ func (t *transaction) lookAtNames() error {
 	}
 	slices.Sort(paths)
 	for _, p := range slices.Compact(paths) {
-		if put != nil && p == put.Path {
+		if put != nil && t.split == tproxy.NoSplit && p == put.Path {
 			continue
 		}
 		m := t.m.resolvConf(p, shared)
@@ -74,6 +81,56 @@ func (t *transaction) lookAtNames() error {
 		case !r.Nothing():
 			t.drop = append(t.drop, removal{m, r})
 		}
+	}
+	return nil
+}
+
+// lookAtSplit finds what is to be done to systemd-resolved: what it is told goes in,
+// and then what it was told in the other way goes.
+func (t *transaction) lookAtSplit(ctx context.Context) error {
+	for _, by := range []tproxy.Split{tproxy.SplitDelegate, tproxy.SplitLink} {
+		var a netip.Addr
+		if t.put != nil && t.split == by {
+			a = t.put.Address
+		}
+		var c namesChange
+		var err error
+		if by == tproxy.SplitLink {
+			c, err = t.meshLink(ctx, a)
+		} else if m := t.m.resolvConf(dns.DelegatePath, false); dns.MayWrite(dns.DelegatePath, m.Env.Mounts, m.Namespaces) == nil {
+			c, err = t.delegate(a)
+		} else {
+			continue // the file is the host's
+		}
+		switch {
+		case err != nil && a.IsValid():
+			return &ApplyError{Step: tproxy.SplitNames{Address: a, By: by}.String(), Err: err, Remedy: leaveFile}
+		case err != nil:
+			return &ApplyError{Step: "names of the mesh as before", Err: err}
+		case c.nothing:
+		case a.IsValid():
+			t.names = append([]namesChange{c}, t.names...)
+		default:
+			t.names = append(t.names, c)
+		}
+	}
+	return nil
+}
+
+// writeSplit does to systemd-resolved what lookAtSplit found.
+func (t *transaction) writeSplit(ctx context.Context) error {
+	for _, c := range t.names {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if t.dryRun {
+			t.report.Steps = append(t.report.Steps, c.do)
+			continue
+		}
+		if err := c.run(ctx); err != nil {
+			return &ApplyError{Step: c.do, Err: err}
+		}
+		t.did(c.do, c.undo, func(ctx context.Context) (bool, error) { return true, c.back(ctx) })
 	}
 	return nil
 }
@@ -102,8 +159,8 @@ func (t *transaction) writeNames(ctx context.Context) error {
 		})
 	}
 	put := t.put
-	if put == nil {
-		return nil
+	if put == nil || t.split != tproxy.NoSplit {
+		return t.writeSplit(ctx)
 	}
 	if err := ctx.Err(); err != nil {
 		return err
@@ -115,7 +172,7 @@ func (t *transaction) writeNames(ctx context.Context) error {
 	if done.How != dns.Unchanged {
 		t.did(done.String(), done.Undo(), func(context.Context) (bool, error) { return true, t.into.Undo(done) })
 	}
-	return nil
+	return t.writeSplit(ctx)
 }
 
 // answers notes that the control plane does not answer, where nothing redirects the

@@ -53,7 +53,7 @@ func (r *Runner) Probe(ctx context.Context, n tproxy.Needs) (tproxy.Host, error)
 		s.byResolved(&h)
 	}
 	if n.Nameserver != nil {
-		s.nameserver(*n.Nameserver, &h)
+		s.nameserver(ctx, *n.Nameserver, &h)
 	}
 	if n.ResolvConf != "" {
 		if err := s.resolvers(n, &h); err != nil {
@@ -170,7 +170,7 @@ func (s *session) nameservers(n tproxy.Needs, h *tproxy.Host) error {
 	}
 	conf := dns.Parse(dns.RemoveNameserver(text))
 	h.Nameservers = conf.Nameservers
-	if n.Nameserver != nil && !slices.Contains(h.Nameservers, n.Nameserver.Address) {
+	if n.Nameserver != nil && h.Nameserver.Split == tproxy.NoSplit && !slices.Contains(h.Nameservers, n.Nameserver.Address) {
 		h.Nameservers = append([]netip.Addr{n.Nameserver.Address}, h.Nameservers...)
 	}
 	for _, l := range conf.Ignored {

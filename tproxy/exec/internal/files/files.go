@@ -148,6 +148,26 @@ func (FS) Remove(name string) error {
 	return syncFolder(name)
 }
 
+// MakeFolder makes a folder.
+func (FS) MakeFolder(name string) error {
+	if err := os.Mkdir(name, 0o755); err != nil {
+		return err
+	}
+	// What umask(2) took away.
+	if err := os.Chmod(name, 0o755); err != nil {
+		return err
+	}
+	return syncFolder(name)
+}
+
+// RemoveFolder removes an empty folder.
+func (FS) RemoveFolder(name string) error {
+	if err := rmdir(name); err != nil {
+		return err
+	}
+	return syncFolder(name)
+}
+
 // syncFolder has a change of names on the disk. Not every file system can; then
 // it does so on its own.
 func syncFolder(name string) error {

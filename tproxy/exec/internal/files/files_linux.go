@@ -13,7 +13,8 @@ import (
 	"github.com/kumahq/kuma-tproxy/tproxy/dns"
 )
 
-func isBusy(err error) bool { return errors.Is(err, syscall.EBUSY) }
+func isBusy(err error) bool   { return errors.Is(err, syscall.EBUSY) }
+func rmdir(name string) error { return syscall.Rmdir(name) }
 func isInvalid(err error) bool {
 	return errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.ENOTSUP)
 }

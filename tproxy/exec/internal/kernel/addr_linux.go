@@ -27,7 +27,7 @@ const (
 // off the error is errors.ErrUnsupported, without CAP_NET_ADMIN
 // fs.ErrPermission.
 func AddLoopbackAddress(p netip.Prefix) (added bool, err error) {
-	body, err := loopbackAddress(p)
+	body, err := interfaceAddress(p, loopbackIndex)
 	if err != nil {
 		return false, err
 	}
@@ -88,7 +88,7 @@ func isLocalRoute(body []byte) (local bool, err error) {
 // namespace; removed is false, and there is no error, if it was not there, or
 // IPv6 is off and nothing can be.
 func DelLoopbackAddress(p netip.Prefix) (removed bool, err error) {
-	body, err := loopbackAddress(p)
+	body, err := interfaceAddress(p, loopbackIndex)
 	if err != nil {
 		return false, err
 	}
@@ -104,8 +104,8 @@ func DelLoopbackAddress(p netip.Prefix) (removed bool, err error) {
 	return false, fmt.Errorf("remove %s from lo: %w", p, err)
 }
 
-// loopbackAddress is the struct ifaddrmsg and its attributes (rtnetlink(7)).
-func loopbackAddress(p netip.Prefix) ([]byte, error) {
+// interfaceAddress is the struct ifaddrmsg and its attributes (rtnetlink(7)).
+func interfaceAddress(p netip.Prefix, index uint32) ([]byte, error) {
 	addr := p.Addr()
 	if !p.IsValid() || addr.Is4In6() {
 		return nil, fmt.Errorf("address %q: want an IPv4 or IPv6 address and its prefix length", p)
@@ -118,7 +118,7 @@ func loopbackAddress(p netip.Prefix) ([]byte, error) {
 		scope = syscall.RT_SCOPE_HOST // as ip-address(8) has it
 	}
 	body := []byte{family, byte(p.Bits()), flags, scope}
-	body = binary.NativeEndian.AppendUint32(body, loopbackIndex)
+	body = binary.NativeEndian.AppendUint32(body, index)
 	body = appendAttr(body, syscall.IFA_LOCAL, addr.AsSlice())
 	return appendAttr(body, syscall.IFA_ADDRESS, addr.AsSlice()), nil
 }

@@ -60,6 +60,16 @@ type Route struct {
 	Local bool
 }
 
+// Link is an interface of ours.
+type Link struct {
+	Index uint32
+	// Ours is whether it has the group that AddLink gives to those it makes.
+	Ours bool
+	Up   bool
+	// Addresses are its own, without link-local ones.
+	Addresses []netip.Prefix
+}
+
 // HeldError says that somebody else has a lock.
 type HeldError struct {
 	Name string

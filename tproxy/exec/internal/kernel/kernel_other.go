@@ -49,6 +49,17 @@ func DelLoopbackAddress(netip.Prefix) (removed bool, err error) { return false, 
 // HasLoopbackAddress is for Linux.
 func HasLoopbackAddress(netip.Addr) (bool, error) { return false, errors.ErrUnsupported }
 
+// FindLink is for Linux.
+func FindLink(name string) (Link, bool, error) { return Link{}, false, errors.ErrUnsupported }
+
+// AddLink is for Linux.
+func AddLink(name, alias string, address netip.Prefix) (Link, error) {
+	return Link{}, errors.ErrUnsupported
+}
+
+// DelLink is for Linux.
+func DelLink(Link) (removed bool, err error) { return false, errors.ErrUnsupported }
+
 // LocalAddresses is for Linux.
 func LocalAddresses() ([]netip.Prefix, error) { return nil, errors.ErrUnsupported }
 
