@@ -20,6 +20,10 @@ const marker = "TPROXY_NETLAB"
 // absent is why this process is not in a lab.
 var absent = errors.New("the program did not start by netlab.Main or netlab.Reexec")
 
+// Outside is the network namespace that the program was started in, as a file: for
+// what has to be fetched.
+func Outside() string { return fmt.Sprintf("/proc/%d/ns/net", os.Getppid()) }
+
 // Main is the body of a TestMain: it runs the tests inside the lab. Where that is
 // impossible it runs them outside, and those that call Require are skipped.
 func Main(m interface{ Run() int }) {

@@ -1,0 +1,150 @@
+package bootlab
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	osexec "os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Programs are those that it takes.
+var Programs = []string{"debootstrap", "systemd-nspawn", "nsenter"}
+
+// mirror is debootstrap's own default; TPROXY_DEBIAN_MIRROR names another.
+const mirror = "http://deb.debian.org/debian"
+
+// Make makes the root of a Debian in a folder that does not exist, in about half a
+// minute. outside, if not empty, is a network namespace, as a file, from which the
+// archive can be reached.
+func Make(ctx context.Context, folder, suite string, packages []string, outside string) error {
+	from := mirror
+	if m := os.Getenv("TPROXY_DEBIAN_MIRROR"); m != "" {
+		from = m
+	}
+	args := []string{"debootstrap", "--variant=minbase", "--include=" + strings.Join(packages, ","), suite, folder, from}
+	if _, err := os.Stat("/usr/share/debootstrap/scripts/" + suite); err != nil {
+		args = append(args, "/usr/share/debootstrap/scripts/sid") // newer than debootstrap
+	}
+	if outside != "" {
+		args = append([]string{"nsenter", "--net=" + outside}, args...)
+	}
+	out, err := osexec.CommandContext(ctx, args[0], args[1:]...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("debootstrap of %s: %w\n%s", suite, err, last(out))
+	}
+	return nil
+}
+
+// Machine is a booted Debian.
+type Machine struct {
+	nspawn  *osexec.Cmd
+	console bytes.Buffer
+	ended   chan struct{}
+	leader  int
+}
+
+// bootTime is how long it may take to boot; it takes a second.
+const bootTime = time.Minute
+
+// Boot boots a root in a network namespace, given as a file. Close it.
+func Boot(ctx context.Context, folder, name, network string) (*Machine, error) {
+	m := &Machine{ended: make(chan struct{})}
+	m.nspawn = osexec.Command("systemd-nspawn", "--quiet", "--directory="+folder, "--machine="+name, "--network-namespace-path="+network,
+		"--capability=CAP_NET_ADMIN,CAP_NET_RAW", "--register=no", "--keep-unit", "--boot", "--console=pipe")
+	// systemd has given cgroup v1 up in its version 258; nspawn takes the host's
+	// unless it is told.
+	m.nspawn.Env = append(os.Environ(), "UNIFIED_CGROUP_HIERARCHY=1", "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
+	m.nspawn.Stdout, m.nspawn.Stderr = &m.console, &m.console
+	m.nspawn.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := m.nspawn.Start(); err != nil {
+		return nil, err
+	}
+	go func() { _ = m.nspawn.Wait(); close(m.ended) }()
+	if err := m.booted(ctx); err != nil {
+		m.Close()
+		return nil, fmt.Errorf("boot of %s: %w\n%s", name, err, last(m.console.Bytes()))
+	}
+	return m, nil
+}
+
+func (m *Machine) booted(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, bootTime)
+	defer cancel()
+	for ; ; time.Sleep(50 * time.Millisecond) {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-m.ended:
+			return errors.New("it ended")
+		default:
+		}
+		if m.leader == 0 {
+			m.leader = childOf(m.nspawn.Process.Pid)
+			continue
+		}
+		// It fails where a unit has, and says so.
+		switch state, _ := m.Run(ctx, "systemctl", "is-system-running"); strings.TrimSpace(state) {
+		case "running", "degraded":
+			return nil
+		}
+	}
+}
+
+// childOf returns a child of a process; 0 where there is none yet.
+func childOf(pid int) int {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		return 0
+	}
+	child, _, _ := strings.Cut(string(text), " ")
+	n, err := strconv.Atoi(child)
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
+// Run runs a program in the machine and returns what it printed; the error holds what
+// it printed to stderr.
+func (m *Machine) Run(ctx context.Context, name string, args ...string) (string, error) {
+	cmd := osexec.CommandContext(ctx, "nsenter", append([]string{"--target=" + strconv.Itoa(m.leader), "--all", "--root", "--wd", "--",
+		"env", "-i", "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", name}, args...)...)
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, bytes.TrimSpace(errOut.Bytes()))
+	}
+	return out.String(), nil
+}
+
+// powerOff is for systemd as process 1 (systemd(1), SIGNALS): SIGRTMIN+4.
+const powerOff = syscall.Signal(34 + 4)
+
+// Close ends the machine.
+func (m *Machine) Close() {
+	if m.leader != 0 {
+		_ = syscall.Kill(m.leader, powerOff)
+	}
+	select {
+	case <-m.ended:
+		return
+	case <-time.After(10 * time.Second):
+	}
+	if m.leader != 0 {
+		_ = syscall.Kill(m.leader, syscall.SIGKILL)
+	}
+	_ = m.nspawn.Process.Kill()
+	<-m.ended
+}
+
+// last is the end of a long output.
+func last(out []byte) []byte {
+	out = bytes.TrimSpace(out)
+	return out[max(0, len(out)-2000):]
+}
