@@ -371,7 +371,7 @@ func (e *edges) draw(t *rapid.T) sim.Packet {
 		case 1:
 			port = orPort(e.cfg.DNS.Port, 15053) // straight to the proxy
 		}
-	} else if p.Protocol == rules.TCP && seldom(t, "query over TCP", 5) {
+	} else if p.Protocol == rules.TCP && e.cfg.DNS.On() && seldom(t, "query over TCP", 3) {
 		port = 53
 	}
 	if p.Path == sim.Out {
