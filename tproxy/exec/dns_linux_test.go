@@ -18,6 +18,7 @@ import (
 
 	"github.com/kumahq/kuma-tproxy/internal/netlab"
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
 // dnsmasq starts a resolver, which ends with the lab.
@@ -189,8 +190,18 @@ func TestDNSOverTCP(t *testing.T) {
 			}
 			ask(appUID, stub, 0) // the local resolver asks upstream over TCP
 			ask(proxyUID, stub, 0)
+			for _, f := range rules.Families() {
+				if saved := w.on("", w.program(f, "save")); strings.Contains(saved, "KUMA_MESH_DNS_TCP") != c.dns.RedirectTCP {
+					w.Errorf("%+v: %s rules\n%s", c.dns, f, saved)
+				}
+			}
 		}
 		w.uninstall()
+		for _, f := range rules.Families() {
+			if saved := w.on("", w.program(f, "save")); strings.Contains(saved, "KUMA_MESH") {
+				w.Errorf("after the uninstall, %s rules\n%s", f, saved)
+			}
+		}
 	})
 }
 
