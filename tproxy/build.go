@@ -176,8 +176,8 @@ func Build(c Config, h Host) (*Plan, error) {
 	p.Notes = append(p.Notes, h.Notes...)
 	p.families()
 	p.nameservers()
-	if why := p.noDNSOverTCP(); c.DNS.RedirectTCP && why != "" {
-		p.note("--redirect-dns-tcp has no effect: %s", why)
+	if c.DNS.RedirectTCP && !p.DNSOverTCP() {
+		p.note("--redirect-dns-tcp has no effect: %s", p.noDNSOverTCP())
 	}
 	var refused []Refusal
 	if why := p.Host.IPv6Uncaptured; why != "" && p.Config.IPFamilyMode != IPv4Only {
