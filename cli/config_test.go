@@ -211,7 +211,7 @@ var flagOf = map[string]string{
 	"redirect.dns.enabled":                            "redirect-dns", "redirect.dns.captureAll": "redirect-all-dns-traffic",
 	"redirect.dns.port": "redirect-dns-port", "redirect.dns.skipConntrackZoneSplit": "skip-dns-conntrack-zone-split",
 	"redirect.dns.controlPlaneIP": "kuma-cp-ip", "redirect.dns.modifySharedResolvConfig": "modify-resolv-conf",
-	"redirect.dns.resolvConfigPath": "resolv-conf", "redirect.vnet.networks": "vnet",
+	"redirect.dns.redirectTCP": "redirect-dns-tcp", "redirect.dns.resolvConfigPath": "resolv-conf", "redirect.vnet.networks": "vnet",
 	"dropInvalidPackets": "drop-invalid-packets", "log.enabled": "iptables-logs", "wait": "wait", "waitInterval": "wait-interval",
 	"retry.maxRetries": "max-retries", "retry.sleepBetweenRetries": "sleep-between-retries", "storeFirewalld": "store-firewalld",
 	"comments.disabled": "disable-comments", "dryRun": "dry-run", "verbose": "verbose", "backend": "backend",
@@ -278,6 +278,7 @@ var envOf = func() map[string]string {
 		"redirect.dns.resolvConfigPath":            "REDIRECT_DNS_RESOLV_CONFIG_PATH",
 		"redirect.dns.controlPlaneIP":              "REDIRECT_DNS_CONTROL_PLANE_IP",
 		"redirect.dns.modifySharedResolvConfig":    "REDIRECT_DNS_MODIFY_SHARED_RESOLV_CONFIG",
+		"redirect.dns.redirectTCP":                 "REDIRECT_DNS_REDIRECT_TCP",
 		"redirect.vnet.networks":                   "REDIRECT_VNET_NETWORKS",
 		"redirect.inbound.captureSSH":              "REDIRECT_INBOUND_CAPTURE_SSH",
 		"dropInvalidPackets":                       "DROP_INVALID_PACKETS",
@@ -370,7 +371,8 @@ var values = map[string]pair{
 	"redirect.dns.enabled":                  {"true", "false"}, "redirect.dns.captureAll": {"true", "false"}, "redirect.dns.port": {"16053", "17053"},
 	"redirect.dns.skipConntrackZoneSplit": {"true", "false"}, "redirect.dns.resolvConfigPath": {`"/a"`, `"/b"`},
 	"redirect.dns.controlPlaneIP": {`"10.0.0.9"`, `"fd00::9"`}, "redirect.dns.modifySharedResolvConfig": {"true", "false"},
-	"wait": {"7", "0"}, "waitInterval": {"1", "2"}, "retry.maxRetries": {"0", "9"}, "retry.sleepBetweenRetries": {`"1s"`, `"0s"`},
+	"redirect.dns.redirectTCP": {"true", "false"},
+	"wait":                     {"7", "0"}, "waitInterval": {"1", "2"}, "retry.maxRetries": {"0", "9"}, "retry.sleepBetweenRetries": {`"1s"`, `"0s"`},
 	"comments.disabled": {"true", "false"}, "cniMode": {"true", "false"}, "backend": {`"iptables-legacy"`, `"iptables-nft"`},
 
 	"redirect.inbound.includePorts": {"[1]", "[]"}, "redirect.outbound.includePorts": {"[1]", "[]"},
@@ -709,6 +711,7 @@ redirect:
     resolvConfigPath: /run/resolv.conf
     controlPlaneIP: 10.0.0.9
     modifySharedResolvConfig: true
+    redirectTCP: true
   vnet: {networks: []}
 ebpf: {enabled: false, instanceIP: "", instanceIPEnvVarName: INSTANCE_IP, bpffsPath: /a, cgroupPath: /b, programsSourcePath: /c, tcAttachIface: ""}
 dropInvalidPackets: false

@@ -18,6 +18,7 @@ var proxyChains = map[string]string{
 	"KUMA_MESH_OUTBOUND":          "out",
 	"KUMA_MESH_OUTBOUND_REDIRECT": "out",
 	"KUMA_MESH_DNS":               "dns",
+	"KUMA_MESH_DNS_TCP":           "dns",
 }
 
 // ownersChains tell the proxy's user by their first rule that names one.

@@ -46,6 +46,7 @@ func installFlags() []flagGroup {
 		{"DNS", []flag{
 			{"redirect-dns", "false", "redirect DNS queries to the nameservers of resolv.conf to the proxy"},
 			{"redirect-all-dns-traffic", "false", "redirect every DNS query to the proxy, whomever it is sent to"},
+			{"redirect-dns-tcp", "false", "redirect over TCP too what one of the above redirects over UDP, unless outbound leaves it alone"},
 			{"redirect-dns-port", "15053", "`port` of the proxy for DNS queries"},
 			{"skip-dns-conntrack-zone-split", "false", "leave redirected queries in the default conntrack zone"},
 			{"resolv-conf", "/etc/resolv.conf", "`file` that names the nameservers, for --redirect-dns and --kuma-cp-ip"},
@@ -255,6 +256,7 @@ func (p *parser) dns(d *tproxy.DNS) {
 	if p.bool("redirect-dns") && p.bool("redirect-all-dns-traffic") {
 		p.refuse("redirect-dns", "true", "only one of --redirect-dns and --redirect-all-dns-traffic")
 	}
+	set(p, "redirect-dns-tcp", &d.RedirectTCP, p.bool)
 	set(p, "redirect-dns-port", &d.Port, p.port)
 	set(p, "skip-dns-conntrack-zone-split", &d.SkipConntrackZoneSplit, p.bool)
 	set(p, "resolv-conf", &d.ResolvConf, p.text)
@@ -427,6 +429,7 @@ func flagNames() map[string]string {
 		"redirect.dns.resolvConfigPath":         "resolv-conf",
 		"redirect.dns.controlPlaneIP":           "kuma-cp-ip",
 		"redirect.dns.modifySharedResolvConfig": "modify-resolv-conf",
+		"redirect.dns.redirectTCP":              "redirect-dns-tcp",
 		"retry.maxRetries":                      "max-retries",
 		"retry.sleepBetweenRetries":             "sleep-between-retries",
 		"verbose":                               "verbose",

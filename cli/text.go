@@ -188,11 +188,15 @@ func (p *page) decisions(plan *tproxy.Plan) {
 	} else {
 		p.linef("Outbound: to port %d, except %s", c.Outbound.Port, listed(outboundExcluded(plan)))
 	}
+	overTCP := ""
+	if plan.DNSOverTCP() {
+		overTCP = ", also over TCP where outbound does not leave it alone"
+	}
 	switch {
 	case c.DNS.CaptureAll:
-		p.linef("DNS: every query to port %d, except the proxy's", c.DNS.Port)
+		p.linef("DNS: every query to port %d, except the proxy's%s", c.DNS.Port, overTCP)
 	case c.DNS.Redirect:
-		p.linef("DNS: queries to %s to port %d, except the proxy's", listed(texts(plan.Nameservers)), c.DNS.Port)
+		p.linef("DNS: queries to %s to port %d, except the proxy's%s", listed(texts(plan.Nameservers)), c.DNS.Port, overTCP)
 	}
 	if !c.Inbound.Off && !sshProtected(c) {
 		p.linef("SSH: port %d is redirected like any other (%s)", tproxy.SSHPort, sshWhy(plan))

@@ -185,6 +185,9 @@ func Build(c Config, h Host) (*Plan, error) {
 	p.Notes = append(p.Notes, h.Notes...)
 	p.families()
 	p.nameservers()
+	if c.DNS.RedirectTCP && !p.DNSOverTCP() {
+		p.note("--redirect-dns-tcp has no effect: %s", p.noDNSOverTCP())
+	}
 	var refused []Refusal
 	if why := p.Host.IPv6Uncaptured; why != "" && p.Config.IPFamilyMode != IPv4Only {
 		refused = append(refused, Refusal{"IPv6 is up and cannot be redirected: " + why,
@@ -491,7 +494,7 @@ func (p *Plan) set() rules.Set {
 	s := rules.Set{
 		NoComments: c.DisableComments,
 		Bases:      make([]rules.BaseChain, 0, 3),
-		Chains:     make([]rules.Chain, 0, 7),
+		Chains:     make([]rules.Chain, 0, 8),
 	}
 	if len(p.Families) == 1 {
 		s.Only = p.Families[0]
@@ -512,8 +515,11 @@ func (p *Plan) set() rules.Set {
 	s.Bases = append(s.Bases, output)
 	nat(chainOutbound, p.outbound())
 	nat(chainLoopback, p.loopback())
+	if p.DNSOverTCP() {
+		nat(chainDNSTCP, p.dnsOverTCP())
+	}
 	if c.DNS.On() {
-		redirect := p.captured(rules.Redirect{Port: c.DNS.Port}, "goes to the proxy's DNS port "+decimal(c.DNS.Port))
+		redirect := p.captured(rules.UDP, p.Nameservers, rules.Redirect{Port: c.DNS.Port}, "goes to the proxy's DNS port "+decimal(c.DNS.Port))
 		nat(chainDNS, append(p.dnsExclusions(), redirect...))
 		if !c.DNS.SkipConntrackZoneSplit {
 			s.Bases = append(s.Bases, rules.BaseChain{Table: rules.Raw, Hook: rules.Output, Place: rules.First, Rules: []rules.Rule{jumpZone}})
@@ -557,7 +563,8 @@ func (p *Plan) inbound() (out []rules.Rule) {
 }
 
 // outbound is rows B3 and B5 to B11; what leaves through lo goes to loopback
-// first, so that no other connection pays for its rules.
+// first, and what goes to port 53 to dnsOverTCP, so that no other connection pays for
+// their rules.
 func (p *Plan) outbound() (out []rules.Rule) {
 	o := p.Config.Outbound
 	out = make([]rules.Rule, 0, 6+len(o.ExcludePortsForUIDs))
@@ -584,9 +591,12 @@ func (p *Plan) outbound() (out []rules.Rule) {
 		out = append(out, rule("port excluded by --exclude-outbound-ports", rules.Return{},
 			rules.TCP, rules.DestinationPorts{Ports: o.ExcludePorts}))
 	}
-	if p.Config.DNS.On() {
-		out = append(out, rule("DNS over TCP is not captured", rules.Return{},
-			rules.TCP, rules.DestinationPorts{Ports: rules.Port(53)}))
+	queries := rules.DestinationPorts{Ports: rules.Port(53)}
+	switch {
+	case p.DNSOverTCP():
+		out = append(out, rule("DNS over TCP", rules.Goto{Chain: chainDNSTCP}, rules.TCP, queries))
+	case p.Config.DNS.On():
+		out = append(out, rule("DNS over TCP is not captured", rules.Return{}, rules.TCP, queries))
 	}
 	return append(out, rule("outbound goes to the proxy's port "+decimal(o.Port), rules.Redirect{Port: o.Port}, rules.TCP))
 }
@@ -622,33 +632,83 @@ func (p *Plan) dnsExclusions() (out []rules.Rule) {
 			out = append(out, rule(excludedForUIDs, rules.Return{}, rules.OwnerUID{UIDs: e.UIDs}))
 		}
 	}
-	var resolvers []UID
-	for _, r := range p.Host.LocalResolvers {
-		resolvers = append(resolvers, r.UID)
-	}
-	if len(resolvers) > 0 {
-		out = append(out, rule("a local resolver asks upstream", rules.Return{}, rules.OwnerUID{UIDs: rules.UIDsOf(resolvers...)}))
-	}
+	out = append(out, p.resolvers("a local resolver asks upstream")...)
 	if ips := p.Config.Outbound.ExcludeIPs; len(ips) > 0 {
 		out = append(out, rule("destination excluded by --exclude-outbound-ips", rules.Return{}, rules.Destination{Prefixes: ips}))
 	}
 	return out
 }
 
-// captured is row C3 with the given action.
-func (p *Plan) captured(action rules.Action, why string) []rules.Rule {
-	if p.Config.DNS.CaptureAll {
-		return []rules.Rule{rule("every DNS query "+why, action, rules.UDP, rules.DestinationPorts{Ports: rules.Port(53)})}
-	}
-	if len(p.Nameservers) == 0 {
+// resolvers is row C2a.
+func (p *Plan) resolvers(why string) []rules.Rule {
+	if len(p.Host.LocalResolvers) == 0 {
 		return nil
 	}
-	servers := make([]netip.Prefix, len(p.Nameservers))
-	for i, a := range p.Nameservers {
+	uids := make([]UID, len(p.Host.LocalResolvers))
+	for i, r := range p.Host.LocalResolvers {
+		uids[i] = r.UID
+	}
+	return []rules.Rule{rule(why, rules.Return{}, rules.OwnerUID{UIDs: rules.UIDsOf(uids...)})}
+}
+
+// dnsOverTCP is row B9 where DNSOverTCP says so. The rows before it are outbound's, which
+// goes here: what is let go here is untouched.
+//
+// There is no conntrack zone for TCP. The zones are for UDP, where an entry outlives its
+// socket: the proxy's own query from the same source port to the same server would be
+// taken for more of the application's, and come back to the proxy. Over TCP the port is
+// not free while the connection is open, and afterwards a SYN makes conntrack forget it
+// and begin a new one, which meets the rules (nf_conntrack_tcp_packet in
+// net/netfilter/nf_conntrack_proto_tcp.c).
+func (p *Plan) dnsOverTCP() []rules.Rule {
+	port := p.Config.DNS.Port
+	out := p.resolvers("a local resolver asks upstream over TCP")
+	out = append(out, p.captured(rules.TCP, p.serversOverTCP(), rules.Redirect{Port: port}, "over TCP goes to the proxy's DNS port "+decimal(port))...)
+	if p.Config.DNS.CaptureAll {
+		return out
+	}
+	return append(out, rule("DNS over TCP to another server: untouched", rules.Return{}))
+}
+
+// DNSOverTCP reports whether any query over TCP is redirected.
+func (p *Plan) DNSOverTCP() bool { return p.Config.DNS.RedirectTCP && p.noDNSOverTCP() == "" }
+
+// noDNSOverTCP is the reason for which RedirectTCP has no effect, or would have none;
+// empty where it has one.
+func (p *Plan) noDNSOverTCP() string {
+	c := p.Config
+	switch {
+	case !c.DNS.On():
+		return "DNS is not redirected without --redirect-dns or --redirect-all-dns-traffic"
+	case c.Outbound.Off:
+		return "outbound connections are not redirected"
+	case c.Outbound.ExcludePorts.Contains(53):
+		return "--exclude-outbound-ports names port 53"
+	case !c.DNS.CaptureAll && len(p.serversOverTCP()) == 0:
+		return "no nameserver in " + c.DNS.ResolvConf + " is another host, and connections of this host to itself are left alone"
+	}
+	return ""
+}
+
+// serversOverTCP are the Nameservers but for loopback, to which row B4 comes first.
+func (p *Plan) serversOverTCP() []netip.Addr {
+	return slices.DeleteFunc(slices.Clone(p.Nameservers), netip.Addr.IsLoopback)
+}
+
+// captured is row C3 over a protocol, with the given action.
+func (p *Plan) captured(over rules.Protocol, nameservers []netip.Addr, action rules.Action, why string) []rules.Rule {
+	if p.Config.DNS.CaptureAll {
+		return []rules.Rule{rule("every DNS query "+why, action, over, rules.DestinationPorts{Ports: rules.Port(53)})}
+	}
+	if len(nameservers) == 0 {
+		return nil
+	}
+	servers := make([]netip.Prefix, len(nameservers))
+	for i, a := range nameservers {
 		servers[i] = netip.PrefixFrom(a, a.BitLen())
 	}
 	return []rules.Rule{rule("a query to a nameserver of resolv.conf "+why, action,
-		rules.Destination{Prefixes: servers}, rules.UDP, rules.DestinationPorts{Ports: rules.Port(53)})}
+		rules.Destination{Prefixes: servers}, over, rules.DestinationPorts{Ports: rules.Port(53)})}
 }
 
 // zone sends queries on, and puts the proxy's answers in the zone of the queries
@@ -671,5 +731,5 @@ func (p *Plan) zoneQueries() []rules.Rule {
 	out := []rules.Rule{rule("from port 53: perhaps the answer of a server here", rules.Return{},
 		rules.UDP, rules.SourcePorts{Ports: rules.Port(53)})}
 	out = append(out, p.dnsExclusions()...)
-	return append(out, p.captured(rules.CTZone{Zone: dnsZone}, "is redirected")...)
+	return append(out, p.captured(rules.UDP, p.Nameservers, rules.CTZone{Zone: dnsZone}, "is redirected")...)
 }

@@ -209,6 +209,42 @@ func TestResolverLoops(t *testing.T) {
 	}
 }
 
+// RedirectTCP says where it has no effect, and then makes no rule.
+func TestDNSOverTCPWithoutEffect(t *testing.T) {
+	stub, other := netip.MustParseAddr("127.0.0.53"), netip.MustParseAddr("10.0.0.53")
+	some, all := tproxy.DNS{Redirect: true, RedirectTCP: true}, tproxy.DNS{CaptureAll: true, RedirectTCP: true}
+	for _, test := range []struct {
+		name    string
+		cfg     tproxy.Config
+		servers []netip.Addr
+		why     string
+	}{
+		{"DNS is off", tproxy.Config{DNS: tproxy.DNS{RedirectTCP: true}}, []netip.Addr{other}, "DNS is not redirected"},
+		{"outbound is off", tproxy.Config{DNS: all, Outbound: tproxy.Outbound{Off: true}}, nil, "outbound connections are not redirected"},
+		{"the port is excluded", tproxy.Config{DNS: all, Outbound: tproxy.Outbound{ExcludePorts: rules.MustPorts("50-60")}}, nil, "--exclude-outbound-ports names port 53"},
+		{"a local resolver alone", tproxy.Config{DNS: some}, []netip.Addr{stub, netip.IPv6Loopback()}, "no nameserver in /etc/resolv.conf is another host"},
+		{"a local resolver, all", tproxy.Config{DNS: all}, []netip.Addr{stub}, ""},
+		{"a local resolver and another", tproxy.Config{DNS: some}, []netip.Addr{stub, other}, ""},
+		{"not asked for", tproxy.Config{DNS: tproxy.DNS{Redirect: true}}, []netip.Addr{stub}, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			p, err := tproxy.Build(test.cfg, tproxy.Host{Nameservers: test.servers})
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, chain := p.Rules.Chain(rules.NAT, "KUMA_MESH_DNS_TCP")
+			if want := test.why == "" && test.cfg.DNS.RedirectTCP; p.DNSOverTCP() != want || chain != want {
+				t.Errorf("over TCP %t, chain %t; want %t", p.DNSOverTCP(), chain, want)
+			}
+			const mark = "--redirect-dns-tcp has no effect: "
+			i := slices.IndexFunc(p.Notes, func(n string) bool { return strings.HasPrefix(n, mark) })
+			if (i >= 0) != (test.why != "") || i >= 0 && !strings.Contains(p.Notes[i], test.why) {
+				t.Errorf("notes %q; want one with %q", p.Notes, test.why)
+			}
+		})
+	}
+}
+
 func TestBackendChoice(t *testing.T) {
 	both := tproxy.Programs{Save: "/sbin/save", Restore: "/sbin/restore"}
 	nft := tproxy.Variant{Backend: tproxy.IPTablesNFT, IPv4: both, IPv6: both}

@@ -271,13 +271,18 @@ func parseProtocols(list string) (rules.Protocol, error) {
 	return rules.UDP, nil
 }
 
-// DNS says what happens to UDP queries of this host's processes to port 53.
+// DNS says what happens to DNS queries, which are those of this host's processes to
+// port 53 over UDP and, with RedirectTCP, over TCP.
 type DNS struct {
 	// Redirect redirects queries to the nameservers of resolv.conf.
 	Redirect bool
 	// CaptureAll redirects queries to whomever they are sent.
 	CaptureAll bool
 	Port       uint16 // of the proxy; 0 means 15053
+	// RedirectTCP redirects to Port over TCP too what is redirected over UDP, as far as
+	// Outbound does not leave it alone, nor is it to this host itself. Without Redirect
+	// or CaptureAll it has no effect.
+	RedirectTCP bool
 	// SkipConntrackZoneSplit leaves redirected queries in the default zone.
 	SkipConntrackZoneSplit bool
 	// ResolvConf is the path of resolv.conf; empty means /etc/resolv.conf.

@@ -19,8 +19,9 @@ import (
 //   - a key of Kuma's with its effective value, but a port, a wait, a retry and a
 //     path of resolv.conf that are not set are left out: to Kuma and to us that is
 //     the default, and what is read back is what was written;
-//   - a key of ours (redirect.inbound.captureSSH and backend) only where it is
-//     not at its default, so that Kuma loads the rest.
+//   - a key of ours (redirect.inbound.captureSSH, redirect.dns.redirectTCP, backend
+//     and those of resolv.conf) only where it is not at its default, so that Kuma
+//     loads the rest.
 //
 // Besides keys of ours, Kuma does not load ranges of ports and more than one of
 // ProxyUIDs. What the Config ignores is not written (ProxyUser beside
@@ -257,6 +258,7 @@ var keys = []key{
 		writeSet, readString("a path")),
 	field("redirect.dns.controlPlaneIP", Text, `""`, func(c *Config) *netip.Addr { return &c.DNS.ControlPlane }, writeAddress, readAddress),
 	boolean("redirect.dns.modifySharedResolvConfig", func(c *Config) *bool { return &c.DNS.ModifyShared }, writeTrue),
+	boolean("redirect.dns.redirectTCP", func(c *Config) *bool { return &c.DNS.RedirectTCP }, writeTrue),
 	notYet("redirect.vnet.networks", List, "[]", `""`),
 
 	// Kuma had them from 2.9 to 2.12, and wrote them all, whether enabled or not.

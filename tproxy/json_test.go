@@ -89,6 +89,7 @@ func jsonConfigs() *rapid.Generator[tproxy.Config] {
 				ResolvConf:             rapid.String().Draw(t, "path"),
 				ControlPlane:           rapid.SampledFrom([]netip.Addr{{}, netip.MustParseAddr("10.0.0.9"), netip.MustParseAddr("fe80::1%eth0")}).Draw(t, "control plane"),
 				ModifyShared:           rapid.Bool().Draw(t, "shared"),
+				RedirectTCP:            rapid.Bool().Draw(t, "DNS over TCP"),
 			},
 			Pod:             rapid.Bool().Draw(t, "pod"),
 			DisableComments: rapid.Bool().Draw(t, "no comments"),
@@ -150,7 +151,7 @@ func TestMarshalJSON(t *testing.T) {
 			Outbound: tproxy.Outbound{Off: true, Port: 2, ExcludePorts: rules.MustPorts("443"),
 				ExcludePortsForUIDs: []tproxy.UIDExclusion{{Protocol: rules.TCP, Ports: rules.MustPorts("22,80-90"), UIDs: rules.MustUIDs("1000-1005")}},
 				ExcludeIPs:          []netip.Prefix{netip.MustParsePrefix("fd00::1/128")}},
-			DNS:             tproxy.DNS{Redirect: true, CaptureAll: true, Port: 3, SkipConntrackZoneSplit: true, ResolvConf: "/x", ControlPlane: netip.MustParseAddr("fd00::9"), ModifyShared: true},
+			DNS:             tproxy.DNS{Redirect: true, CaptureAll: true, Port: 3, SkipConntrackZoneSplit: true, ResolvConf: "/x", ControlPlane: netip.MustParseAddr("fd00::9"), ModifyShared: true, RedirectTCP: true},
 			Pod:             true,
 			DisableComments: true,
 			Backend:         tproxy.IPTablesLegacy,
@@ -162,7 +163,7 @@ func TestMarshalJSON(t *testing.T) {
 		}, `{"kumaDPUser":"5678","ipFamilyMode":"ipv4",` +
 			`"redirect":{"inbound":{"enabled":false,"port":1,"excludePorts":[22,"80-90"],"excludePortsForIPs":["10.0.0.0/8"],"captureSSH":true},` +
 			`"outbound":{"enabled":false,"port":2,"excludePorts":[443],"excludePortsForUIDs":["tcp:22,80-90:1000-1005"],"excludePortsForIPs":["fd00::1/128"]},` +
-			`"dns":{"enabled":true,"captureAll":true,"port":3,"skipConntrackZoneSplit":true,"resolvConfigPath":"/x","controlPlaneIP":"fd00::9","modifySharedResolvConfig":true}},` +
+			`"dns":{"enabled":true,"captureAll":true,"port":3,"skipConntrackZoneSplit":true,"resolvConfigPath":"/x","controlPlaneIP":"fd00::9","modifySharedResolvConfig":true,"redirectTCP":true}},` +
 			`"wait":7,"waitInterval":8,"retry":{"maxRetries":9,"sleepBetweenRetries":"10ms"},"comments":{"disabled":true},"cniMode":true,"backend":"iptables-legacy"}`},
 		{"several UIDs keep their order", tproxy.Config{ProxyUIDs: []tproxy.UID{2, 1}},
 			strings.Replace(zeroConfigJSON, `"kumaDPUser":""`, `"kumaDPUser":"2,1"`, 1)},

@@ -11,7 +11,7 @@ import (
 	. "github.com/kumahq/kuma-tproxy/tproxy/tproxytest"
 )
 
-// full uses every feature, so that its plan has every rule.
+// full uses every feature, so that its plan has every rule but those of fullTCP's.
 var full = tproxy.Config{
 	Inbound: tproxy.Inbound{
 		ExcludePorts: rules.MustPorts("2222,9000-9010"),
@@ -29,6 +29,16 @@ var fullHost = tproxy.Host{
 	Nameservers:    []netip.Addr{netip.MustParseAddr("127.0.0.53")},
 	LocalResolvers: []tproxy.LocalResolver{{Address: netip.MustParseAddr("127.0.0.53"), UID: 101, PID: 7, Program: "systemd-resolved"}},
 }
+
+// fullTCP redirects DNS over TCP as well, to the nameservers alone.
+var (
+	fullTCP = with(full, func(c *tproxy.Config) { c.DNS = tproxy.DNS{Redirect: true, RedirectTCP: true} })
+
+	fullTCPHost = tproxy.Host{
+		Nameservers:    []netip.Addr{netip.MustParseAddr("127.0.0.53"), netip.MustParseAddr("10.0.0.53"), netip.MustParseAddr("fd00::53")},
+		LocalResolvers: fullHost.LocalResolvers,
+	}
+)
 
 // mutants says which theorem guards which rule: without the rule, it must have
 // a counterexample. A mutant changes the rules that have the reason.
@@ -56,6 +66,9 @@ var mutants = []struct {
 	{"user excluded by --exclude-outbound-ports-for-uids", 4, nil},
 	{"port excluded by --exclude-outbound-ports", 1, nil},
 	{"DNS over TCP is not captured", 4, nil},
+	{"DNS over TCP", 4, nil},
+	{"a local resolver asks upstream over TCP", 3, nil},
+	{"a query to a nameserver of resolv.conf over TCP goes to the proxy's DNS port 15053", 4, nil},
 	{"outbound goes to the proxy's port 15001", 4, nil},
 	{"the proxy must not connect to itself: refused", 3, nil},
 	{"the proxy must not connect to itself: refused", 4, without[rules.OwnerUID]},
@@ -69,11 +82,41 @@ var mutants = []struct {
 	{"queries", 4, nil},
 	{"from port 53: perhaps the answer of a server here", 4, nil},
 	{"every DNS query is redirected", 4, nil},
+	{"a query to a nameserver of resolv.conf goes to the proxy's DNS port 15053", 4, nil},
+	{"a query to a nameserver of resolv.conf is redirected", 4, nil},
 }
 
 // unguarded are the rules that no theorem misses, and why.
 var unguarded = map[string]string{
-	"to this host itself: untouched": "the chain ends there: it is for whoever reads the rules",
+	"to this host itself: untouched":            "the chain ends there: it is for whoever reads the rules",
+	"DNS over TCP to another server: untouched": "the same",
+}
+
+// wholes are the plans that have every rule between them.
+func wholes(t *testing.T) (out []Case) {
+	t.Helper()
+	for _, one := range []struct {
+		cfg  tproxy.Config
+		host tproxy.Host
+	}{{full, fullHost}, {fullTCP, fullTCPHost}} {
+		c, err := NewCase(one.cfg, one.host, Env())
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, c)
+	}
+	return out
+}
+
+// mutateOne changes the first of the cases that has the rule.
+func mutateOne(cases []Case, why string, change func(*rules.Rule)) (whole, mutant Case, found bool) {
+	for _, whole = range cases {
+		mutant = whole
+		if mutant.Rules, found = mutate(whole.Rules, why, change); found {
+			break
+		}
+	}
+	return whole, mutant, found
 }
 
 func without[M rules.Match](r *rules.Rule) {
@@ -117,15 +160,12 @@ func counterexample(c Case, number int) error {
 }
 
 func TestEveryTheoremCanFail(t *testing.T) {
-	whole, err := NewCase(full, fullHost, Env())
-	if err != nil {
-		t.Fatal(err)
-	}
+	all := wholes(t)
 	guarded := map[string]bool{}
 	for _, m := range mutants {
-		c, found := whole, false
 		guarded[m.why] = true
-		if c.Rules, found = mutate(whole.Rules, m.why, m.change); !found {
+		_, c, found := mutateOne(all, m.why, m.change)
+		if !found {
 			t.Errorf("there is no rule %q", m.why)
 			continue
 		}
@@ -137,33 +177,31 @@ func TestEveryTheoremCanFail(t *testing.T) {
 		what, _, _ := strings.Cut(err.Error(), "\n")
 		t.Logf("without %q, theorem %d: %s", m.why, m.theorem, what)
 	}
-	for _, c := range whole.Rules.Chains {
-		for _, r := range c.Rules {
-			if !guarded[r.Why] && unguarded[r.Why] == "" && !r.Record { // nothing jumps to a record
-				t.Errorf("no mutant takes out %q", r.Why)
+	for _, whole := range all {
+		for _, c := range whole.Rules.Chains {
+			for _, r := range c.Rules {
+				if !guarded[r.Why] && unguarded[r.Why] == "" && !r.Record { // nothing jumps to a record
+					t.Errorf("no mutant takes out %q", r.Why)
+				}
 			}
 		}
-	}
-	for _, n := range []int{1, 2, 3, 4} {
-		if err := counterexample(whole, n); err != nil {
-			t.Errorf("theorem %d: %v", n, err)
+		for _, n := range []int{1, 2, 3, 4} {
+			if err := counterexample(whole, n); err != nil {
+				t.Errorf("theorem %d: %v", n, err)
+			}
 		}
 	}
 }
 
 // Theorem 6 speaks of the same rules in other forms: one that loses a rule is seen.
 func TestOtherFormsCanFail(t *testing.T) {
-	whole, err := NewCase(full, fullHost, Env())
-	if err != nil {
-		t.Fatal(err)
-	}
-	packets := Packets(whole.Config, whole.Host, whole.Env)
+	all := wholes(t)
 	for _, m := range mutants {
 		if m.change != nil {
 			continue
 		}
-		less := whole
-		less.Rules, _ = mutate(whole.Rules, m.why, nil)
+		whole, less, _ := mutateOne(all, m.why, nil)
+		packets := Packets(whole.Config, whole.Host, whole.Env)
 		forms, found := forms(t, less.Rules), false
 		for seed := 0; seed < 10000 && !found; seed++ {
 			found = disagree(whole, forms, packets.Example(seed)) != nil

@@ -198,6 +198,8 @@ func mutationCases(t *testing.T) (out []Case) {
 		{with(full, func(c *tproxy.Config) { c.IPFamilyMode = tproxy.IPv4Only }), fullHost},
 		{with(full, func(c *tproxy.Config) { c.DNS = tproxy.DNS{Redirect: true} }), servers},
 		{with(full, func(c *tproxy.Config) { c.DNS.SkipConntrackZoneSplit = true }), servers},
+		{fullTCP, servers},
+		{with(full, func(c *tproxy.Config) { c.DNS.RedirectTCP = true }), servers},
 		{with(full, func(c *tproxy.Config) { c.Inbound.Off = true }), fullHost},
 		{with(full, func(c *tproxy.Config) { c.Outbound.Off = true }), fullHost},
 		{with(full, func(c *tproxy.Config) { c.Inbound.CaptureSSH = true }), fullHost},

@@ -154,6 +154,7 @@ const (
 	chainOutbound  = "KUMA_MESH_OUTBOUND"
 	chainLoopback  = "KUMA_MESH_OUTBOUND_LOOPBACK"
 	chainDNS       = "KUMA_MESH_DNS"
+	chainDNSTCP    = "KUMA_MESH_DNS_TCP"
 	chainZone      = "KUMA_MESH_DNS_ZONE"
 	chainZoneQuery = "KUMA_MESH_DNS_ZONE_QUERY"
 	chainRecord    = "KUMA_MESH_RECORD"
@@ -211,6 +212,7 @@ func Known() rules.Set {
 			{Table: rules.NAT, Name: chainOutbound},
 			{Table: rules.NAT, Name: chainLoopback},
 			{Table: rules.NAT, Name: chainDNS},
+			{Table: rules.NAT, Name: chainDNSTCP},
 			{Table: rules.NAT, Name: chainRecord},
 			{Table: rules.Raw, Name: chainZone},
 			{Table: rules.Raw, Name: chainZoneQuery},

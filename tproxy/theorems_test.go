@@ -74,6 +74,16 @@ func TestProxyNeverLoops(t *testing.T) {
 				}
 			}
 		}
+		if p.Protocol == rules.TCP && plan.DNSOverTCP() && p.Path == sim.Out && p.State == sim.New && port == 53 {
+			if !local {
+				hits["query over TCP from "+who]++
+			}
+			for _, r := range c.Host.LocalResolvers {
+				if !local && p.UID == r.UID {
+					hits["query over TCP of a local resolver"]++
+				}
+			}
+		}
 		if p.Protocol == rules.UDP && x.DNS.On() {
 			if port == x.DNS.Port && local {
 				hits["to dns from "+who]++
@@ -92,6 +102,7 @@ func TestProxyNeverLoops(t *testing.T) {
 	for _, kind := range []string{"to in from an app", "to in from the proxy", "to in from outside", "to in over IPv6 that is off",
 		"to out from an app", "to out from the proxy", "to out from outside", "to out over IPv6 that is off",
 		"to dns from an app", "to dns from outside",
+		"query over TCP from an app", "query over TCP from the proxy", "query over TCP of a local resolver",
 		"query to a local resolver from an app", "query to a local resolver from the proxy", "query of a local resolver"} {
 		if hits[kind] == 0 {
 			t.Errorf("no flow %s", kind)

@@ -310,17 +310,17 @@ const (
 type Proxy struct {
 	// UID is the user that it runs as.
 	UID uint32
-	// In, Out and DNS are its ports; 0 leaves one out.
+	// In, Out and DNS are its ports; 0 leaves one out. DNS is of UDP and TCP.
 	In, Out, DNS uint16
 	Mode         Mode
-	// Upstream is whom Pass asks.
+	// Upstream is whom Pass asks, over what it was asked over.
 	Upstream netip.AddrPort
 	// IPv4Only leaves IPv6 out, as a proxy does for --ip-family-mode=ipv4.
 	IPv4Only bool
 
-	// Ins, Outs and Queries count what came, after Start. A proxy in a loop
-	// stops at 50 and closes what comes.
-	Ins, Outs, Queries *Counter
+	// Ins, Outs, Queries and, over TCP, Streams count what came, after Start. A proxy
+	// in a loop stops at 50 and closes what comes.
+	Ins, Outs, Queries, Streams *Counter
 }
 
 // Start starts the proxy on the lab's host.
@@ -348,16 +348,19 @@ func (p *Proxy) Start(l *Lab) error {
 		if p.Outs, err = l.ListenTCP(l.Host, p.UID, "out", at(everywhere, p.Out)...); err != nil {
 			return err
 		}
+		if p.Streams, err = l.ListenTCP(l.Host, p.UID, "dns", at(everywhere, p.DNS)...); err != nil {
+			return err
+		}
 		p.Queries, err = l.ListenUDP(l.Host, p.UID, "dns", at(loopback, p.DNS)...)
 		return err
 	}
-	p.Ins, p.Outs, p.Queries = &Counter{}, &Counter{}, &Counter{}
-	pass := func(count *Counter, src4, src6 netip.AddrPort) func(*net.TCPConn) {
+	p.Ins, p.Outs, p.Queries, p.Streams = &Counter{}, &Counter{}, &Counter{}, &Counter{}
+	pass := func(count *Counter, to func(*net.TCPConn) netip.AddrPort, src4, src6 netip.AddrPort) func(*net.TCPConn) {
 		return func(c *net.TCPConn) {
 			if count.Count() > 50 {
 				return
 			}
-			dst, src := OriginalDestination(c), src4
+			dst, src := to(c), src4
 			if dst.Addr().Is6() {
 				src = src6
 			}
@@ -371,10 +374,14 @@ func (p *Proxy) Start(l *Lab) error {
 		}
 	}
 	passthrough4, passthrough6 := netip.MustParseAddrPort("127.0.0.6:0"), netip.MustParseAddrPort("[::6]:0")
-	if err = l.serveTCP(l.Host, p.UID, at(everywhere, p.In), p.Ins, pass(p.Ins, passthrough4, passthrough6)); err != nil {
+	if err = l.serveTCP(l.Host, p.UID, at(everywhere, p.In), p.Ins, pass(p.Ins, OriginalDestination, passthrough4, passthrough6)); err != nil {
 		return err
 	}
-	if err = l.serveTCP(l.Host, p.UID, at(everywhere, p.Out), p.Outs, pass(p.Outs, netip.AddrPort{}, netip.AddrPort{})); err != nil {
+	if err = l.serveTCP(l.Host, p.UID, at(everywhere, p.Out), p.Outs, pass(p.Outs, OriginalDestination, netip.AddrPort{}, netip.AddrPort{})); err != nil {
+		return err
+	}
+	asked := func(*net.TCPConn) netip.AddrPort { return p.Upstream }
+	if err = l.serveTCP(l.Host, p.UID, at(everywhere, p.DNS), p.Streams, pass(p.Streams, asked, netip.AddrPort{}, netip.AddrPort{})); err != nil {
 		return err
 	}
 	return l.serveUDP(l.Host, p.UID, at(loopback, p.DNS), p.Queries, func(c *net.UDPConn, _, from netip.AddrPort, query []byte) {

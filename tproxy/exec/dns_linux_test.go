@@ -2,8 +2,10 @@ package exec_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -16,6 +18,7 @@ import (
 
 	"github.com/kumahq/kuma-tproxy/internal/netlab"
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
 // dnsmasq starts a resolver, which ends with the lab.
@@ -36,14 +39,17 @@ func (w *world) dnsmasq(n *netlab.Namespace, user string, at netip.AddrPort, arg
 			w.Logf("dnsmasq at %s said: %s", at, &said)
 		}
 	})
-	w.until(func() bool { _, err := w.query(n, 0, at); return err == nil })
+	w.until(func() bool { _, err := w.query(n, 0, "udp", at); return err == nil })
 }
 
-// query asks for the address of a name and returns the answer.
-func (w *world) query(n *netlab.Namespace, uid uint32, server netip.AddrPort) (answer []byte, err error) {
+// query asks for the address of a name, over "udp" or "tcp", and returns the answer.
+func (w *world) query(n *netlab.Namespace, uid uint32, network string, server netip.AddrPort) (answer []byte, err error) {
 	var c net.Conn
 	err = w.In(n, func() error {
-		return netlab.As(uid, uid, func() (err error) { c, err = net.Dial("udp", server.String()); return err })
+		return netlab.As(uid, uid, func() (err error) {
+			c, err = net.DialTimeout(network, server.String(), netlab.Patience)
+			return err
+		})
 	})
 	if err != nil {
 		return nil, err
@@ -52,10 +58,21 @@ func (w *world) query(n *netlab.Namespace, uid uint32, server netip.AddrPort) (a
 	// RFC 1035, section 4: one question, recursion desired, kuma.io A IN.
 	question := "\x13\x37\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04kuma\x02io\x00\x00\x01\x00\x01"
 	_ = c.SetDeadline(time.Now().Add(netlab.Patience))
+	answer = make([]byte, 1500)
+	if network == "tcp" { // behind its length (RFC 1035, section 4.2.2)
+		if _, err = c.Write(append([]byte{0, byte(len(question))}, question...)); err != nil {
+			return nil, err
+		}
+		if _, err = io.ReadFull(c, answer[:2]); err != nil {
+			return nil, err
+		}
+		answer = answer[:min(binary.BigEndian.Uint16(answer), 1500)]
+		_, err = io.ReadFull(c, answer)
+		return answer, err
+	}
 	if _, err = c.Write([]byte(question)); err != nil {
 		return nil, err
 	}
-	answer = make([]byte, 1500)
 	k, err := c.Read(answer)
 	return answer[:k], err
 }
@@ -81,7 +98,7 @@ func TestLocalResolverIsNoLoop(t *testing.T) {
 		ask := func(server netip.AddrPort, want int) {
 			w.Helper()
 			before := p.Queries.Count()
-			answer, err := w.query(w.Host, appUID, server)
+			answer, err := w.query(w.Host, appUID, "udp", server)
 			if err != nil || !bytes.HasSuffix(answer, answered.AsSlice()) || p.Queries.Count()-before != want {
 				w.Errorf("query to %s: %q, %v, %d queries to the proxy; want %d", server, answer, err, p.Queries.Count()-before, want)
 			}
@@ -112,8 +129,100 @@ func TestLocalResolverIsNoLoop(t *testing.T) {
 			w.Fatal(err)
 		}
 		before := p.Queries.Count()
-		if answer, err := w.query(w.Host, appUID, stub); err == nil || p.Queries.Count()-before < 2 {
+		if answer, err := w.query(w.Host, appUID, "udp", stub); err == nil || p.Queries.Count()-before < 2 {
 			w.Errorf("without C2a: answer %q after %d queries to the proxy: the test shows nothing", answer, p.Queries.Count()-before)
+		}
+	})
+}
+
+// B9 with real servers: an application's query over TCP reaches the proxy's DNS port
+// where that is asked for, and the server where it is not; what the proxy and a local
+// resolver ask goes upstream, and what stays on this host, over TCP, is left alone. So
+// every query ends, though the proxy forwards to the local resolver.
+func TestDNSOverTCP(t *testing.T) {
+	netlab.Require(t, "dnsmasq")
+	at := func(addrs ...netip.Addr) (out []netip.AddrPort) {
+		for _, a := range addrs {
+			out = append(out, netip.AddrPortFrom(a, 53))
+		}
+		return out
+	}
+	servers, others := at(netlab.Resolver4, netlab.Resolver6), at(netlab.Internet4, netlab.Internet6)
+	const nobody = 65534
+	eachVariant(t, func(w *world) {
+		for _, server := range append(servers, others...) {
+			w.dnsmasq(w.Client, "root", server, "--address=/#/"+answered.String())
+		}
+		w.dnsmasq(w.Host, "nobody", stub, "--server="+upstream.Addr().String())
+		p := &netlab.Proxy{UID: proxyUID, In: 15006, Out: 15001, DNS: 15053, Mode: netlab.Pass, Upstream: stub}
+		if err := p.Start(w.Lab); err != nil {
+			w.Fatal(err)
+		}
+		file := w.resolvConf(stub.Addr(), netlab.Resolver4, netlab.Resolver6)
+		for _, c := range []struct {
+			dns           tproxy.DNS
+			server, other int // how often the proxy is asked
+		}{
+			{tproxy.DNS{CaptureAll: true}, 0, 0},
+			{tproxy.DNS{CaptureAll: true, RedirectTCP: true}, 1, 1},
+			{tproxy.DNS{Redirect: true}, 0, 0},
+			{tproxy.DNS{Redirect: true, RedirectTCP: true}, 1, 0},
+		} {
+			c.dns.ResolvConf = file
+			r := w.install(tproxy.Config{DNS: c.dns})
+			if notes := strings.Join(r.Notes, "\n"); strings.Contains(notes, "no effect") || strings.Contains(notes, "nothing listens") {
+				w.Errorf("%+v: notes\n%s", c.dns, notes)
+			}
+			ask := func(uid uint32, server netip.AddrPort, want int) {
+				w.Helper()
+				in, out, before := p.Ins.Count(), p.Outs.Count(), p.Streams.Count()
+				answer, err := w.query(w.Host, uid, "tcp", server)
+				if err != nil || !bytes.HasSuffix(answer, answered.AsSlice()) || p.Streams.Count()-before != want || p.Ins.Count() != in || p.Outs.Count() != out {
+					w.Errorf("%+v: UID %d to %s: %q, %v, %d queries to the proxy (in %d, out %d); want %d", c.dns, uid, server, answer, err,
+						p.Streams.Count()-before, p.Ins.Count()-in, p.Outs.Count()-out, want)
+				}
+			}
+			for i := range servers {
+				ask(appUID, servers[i], c.server)
+				ask(appUID, others[i], c.other)
+				ask(proxyUID, servers[i], 0)
+				ask(nobody, servers[i], 0)
+			}
+			ask(appUID, stub, 0) // the local resolver asks upstream over TCP
+			ask(proxyUID, stub, 0)
+			for _, f := range rules.Families() {
+				if saved := w.on("", w.program(f, "save")); strings.Contains(saved, "KUMA_MESH_DNS_TCP") != c.dns.RedirectTCP {
+					w.Errorf("%+v: %s rules\n%s", c.dns, f, saved)
+				}
+			}
+		}
+		w.uninstall()
+		for _, f := range rules.Families() {
+			if saved := w.on("", w.program(f, "save")); strings.Contains(saved, "KUMA_MESH") {
+				w.Errorf("after the uninstall, %s rules\n%s", f, saved)
+			}
+		}
+	})
+}
+
+// DNS over TCP needs no conntrack zone: the proxy may ask from the source port that an
+// application's query had just now, and is not taken for it.
+func TestSourcePortOfDNSOverTCPIsUsedAgain(t *testing.T) {
+	eachVariant(t, func(w *world) {
+		w.serve()
+		w.proxy(netlab.Answer)
+		w.install(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}})
+		for i, from := range places["host"] {
+			src := netip.AddrPortFrom(from, 40053)
+			for _, who := range []struct {
+				uid  uint32
+				want string
+			}{{appUID, "dns"}, {proxyUID, "remote"}, {appUID, "dns"}, {proxyUID, "remote"}} {
+				seen, err := w.Dial(w.Host, who.uid, "tcp", src, netip.AddrPortFrom(places["resolver"][i], 53))
+				if err != nil || seen.Who != who.want {
+					w.Errorf("UID %d from %s: %s, %v; want %s", who.uid, src, seen, err, who.want)
+				}
+			}
 		}
 	})
 }

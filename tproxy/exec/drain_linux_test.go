@@ -97,6 +97,25 @@ func TestUninstallCountsWhatItCuts(t *testing.T) {
 	}
 }
 
+// Queries over TCP that are redirected are among those that are counted.
+func TestUninstallCountsQueriesOverTCP(t *testing.T) {
+	eachVariant(t, func(w *world) {
+		w.serve()
+		w.proxy(netlab.Answer)
+		w.install(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}})
+		for _, a := range places["resolver"] {
+			h, err := w.Hold(w.Host, appUID, netip.AddrPortFrom(a, 53))
+			if err != nil || h.Who != "dns" {
+				w.Fatalf("to %s: %v, %v", a, h, err)
+			}
+			w.Cleanup(h.Close)
+		}
+		if r := w.uninstall(); r.Cut != 2 {
+			w.Errorf("%d cut, want 2", r.Cut)
+		}
+	})
+}
+
 // A drain that is interrupted leaves everything as it was.
 func TestInterruptedDrainPutsTheRulesBack(t *testing.T) {
 	eachVariant(t, func(w *world) {

@@ -260,6 +260,7 @@ var places = map[string][2]netip.Addr{
 	"client":      {netlab.Client4, netlab.Client6},
 	"internet":    {netlab.Internet4, netlab.Internet6},
 	"resolver":    {netlab.Resolver4, netlab.Resolver6},
+	"resolver4":   {netlab.Resolver4, netlab.Resolver4},
 	"container":   {netlab.Container4, netlab.Container6},
 	"loopback":    {netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()},
 	"loopback2":   {netip.MustParseAddr("127.0.0.53"), netip.IPv6Loopback()},
@@ -472,6 +473,46 @@ func TestEachRowOfTheContract(t *testing.T) {
 			{"C1", "5678 udp internet:53 => resolver"},
 			{"C3", "1000 udp internet:53 => dns"},
 		}, nil, nil},
+		{"DNS over TCP", func(w *world) tproxy.Config {
+			return tproxy.Config{
+				Outbound: tproxy.Outbound{ExcludeIPs: prefixes("client"), ExcludePortsForUIDs: []tproxy.UIDExclusion{
+					{Protocol: rules.TCP, Ports: rules.MustPorts("53"), UIDs: rules.MustUIDs("1001")},
+					{Protocol: rules.UDP, UIDs: rules.MustUIDs("1002")},
+				}},
+				DNS: tproxy.DNS{Redirect: true, RedirectTCP: true, ResolvConf: w.resolvConf(netlab.Resolver4, netlab.Resolver6, netlab.Client4, netlab.Client6)},
+			}
+		}, []flow{
+			{"B0", "5678 loopback:15053 => dns"}, // it is about in and out
+			{"B3", "5678 resolver:53 => remote"},
+			{"B6", "1000 client:53 => remote"},
+			{"B7", "1001 resolver:53 => remote"},
+			{"B9", "1000 resolver:53 => dns"},
+			{"B9", "0 resolver:53 => dns"},
+			{"B9", "1002 resolver:53 => dns"}, // udp alone is excluded
+			{"B9", "1000 internet:53 => remote"},
+			{"B11", "1000 resolver:443 => out"},
+			{"C2", "1002 udp resolver:53 => resolver"},
+			{"C3", "1000 udp resolver:53 => dns"},
+		}, nil, nil},
+		{"all DNS over TCP", func(*world) tproxy.Config {
+			return tproxy.Config{DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true, SkipConntrackZoneSplit: true}}
+		}, []flow{
+			{"B3", "5678 internet:53 => remote"},
+			{"B9", "1000 internet:53 => dns"},
+			{"C3", "1000 udp internet:53 => dns"},
+		}, nil, nil},
+		{"all DNS over TCP, outbound off", func(*world) tproxy.Config {
+			return tproxy.Config{Outbound: tproxy.Outbound{Off: true}, DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}}
+		}, []flow{
+			{"B5", "1000 internet:53 => remote"},
+			{"C3", "1000 udp internet:53 => dns"},
+		}, nil, nil},
+		{"all DNS over TCP, port 53 excluded", func(*world) tproxy.Config {
+			return tproxy.Config{Outbound: tproxy.Outbound{ExcludePorts: rules.MustPorts("50-60")}, DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}}
+		}, []flow{
+			{"B8", "1000 internet:53 => remote"},
+			{"C3", "1000 udp internet:53 => dns"},
+		}, nil, nil},
 		{"own address excluded", func(*world) tproxy.Config {
 			return tproxy.Config{Inbound: tproxy.Inbound{ExcludeIPs: prefixes("host")}}
 		}, []flow{
@@ -536,14 +577,15 @@ func TestProxyPassesOnWithoutALoop(t *testing.T) {
 		if err := p.Start(w.Lab); err != nil {
 			w.Fatal(err)
 		}
-		w.install(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}})
+		w.install(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}})
 		w.check(
 			flow{"A5", "outside host:80 => app"},
 			flow{"B11", "1000 internet:80 => remote"},
 			flow{"C3", "1000 udp internet:53 => resolver"},
+			flow{"B9", "1000 internet:53 => remote for resolver4:53"},
 		)
-		if in, out, dns := p.Ins.Count(), p.Outs.Count(), p.Queries.Count(); in != 2 || out != 2 || dns != 2 {
-			w.Errorf("the proxy was sent %d, %d and %d; want 2 of each", in, out, dns)
+		if in, out, dns, tcp := p.Ins.Count(), p.Outs.Count(), p.Queries.Count(), p.Streams.Count(); in != 2 || out != 2 || dns != 2 || tcp != 2 {
+			w.Errorf("the proxy was sent %d, %d, %d and %d; want 2 of each", in, out, dns, tcp)
 		}
 		for i, who := range []string{"127.0.0.6", "::6"} {
 			seen, err := w.Dial(w.Client, 0, "tcp", netip.AddrPort{}, netip.AddrPortFrom(places["host"][i], 80))
@@ -593,7 +635,7 @@ func TestProxyReachesTheLocalResolverOverTCP(t *testing.T) {
 			w.Fatal(err)
 		}
 		w.proxy(netlab.Answer)
-		for _, c := range []tproxy.Config{{}, {DNS: tproxy.DNS{CaptureAll: true}}} {
+		for _, c := range []tproxy.Config{{}, {DNS: tproxy.DNS{CaptureAll: true}}, {DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}}} {
 			w.install(c)
 			w.check(flow{"B3", "5678 loopback2:53 => stub"}, flow{"B4", "1000 loopback2:53 => stub"})
 		}

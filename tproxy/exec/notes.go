@@ -18,22 +18,34 @@ func hostPrefix(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen
 // listening says which of the proxy's ports nobody answers yet: until the proxy
 // starts, what is redirected there is refused.
 func (s *session) listening(p *tproxy.Plan) (notes []string) {
+	c := p.Config
 	for _, d := range []struct {
-		name string
-		off  bool
-		port uint16
+		what   string // is refused
+		off    bool
+		listen func(uint16) (bool, error)
+		port   uint16
+		name   string // of the port
 	}{
-		{"inbound", p.Config.Inbound.Off, p.Config.Inbound.Port},
-		{"outbound", p.Config.Outbound.Off, p.Config.Outbound.Port},
+		{"inbound connections are", c.Inbound.Off, s.m.procs().ListensOn, c.Inbound.Port, "inbound port %d"},
+		{"outbound connections are", c.Outbound.Off, s.m.procs().ListensOn, c.Outbound.Port, "outbound port %d"},
+		{"DNS queries are", !c.DNS.On(), s.takesQueries, c.DNS.Port, "DNS port %d"},
+		{"DNS over TCP is", !p.DNSOverTCP(), s.m.procs().ListensOn, c.DNS.Port, "DNS port %d over TCP"},
 	} {
 		if d.off {
 			continue
 		}
-		if there, err := s.m.procs().ListensOn(d.port); err == nil && !there {
-			notes = append(notes, fmt.Sprintf("nothing listens on the proxy's %s port %d yet: until the proxy runs, %[1]s connections are refused", d.name, d.port))
+		if there, err := d.listen(d.port); err == nil && !there {
+			notes = append(notes, fmt.Sprintf("nothing listens on the proxy's "+d.name+" yet: until the proxy runs, %s refused", d.port, d.what))
 		}
 	}
 	return notes
+}
+
+// takesQueries says whether anybody listens where a query of this host is redirected
+// to: on loopback, over UDP (net/netfilter/nf_nat_redirect.c).
+func (s *session) takesQueries(port uint16) (bool, error) {
+	sockets, err := s.m.procs().ListensUDP(netip.AddrFrom4([4]byte{127, 0, 0, 1}), port)
+	return len(sockets) > 0, err
 }
 
 // filters says what the host's own packet filter makes of a redirected

@@ -47,3 +47,45 @@ func TestRulesOfOthersInFront(t *testing.T) {
 		}
 	}
 }
+
+// Who does not listen is named: the proxy's DNS port over UDP and, where that is
+// redirected, over TCP.
+func TestPortsThatNobodyListensOn(t *testing.T) {
+	// A line of /proc/net/udp or tcp (proc_net(5)) for 0.0.0.0:15053.
+	line := func(state string) string {
+		return "header\n   1: 00000000:3ACD 00000000:0000 " + state + " 00000000:00000000 00:00000000 00000000  5678        0 4711 2\n"
+	}
+	const udp, tcp = "DNS port 15053 yet: until the proxy runs, DNS queries are refused", "DNS port 15053 over TCP yet: until the proxy runs, DNS over TCP is refused"
+	for _, c := range []struct {
+		name     string
+		config   tproxy.Config
+		udp, tcp bool // listens
+		want     []string
+	}{
+		{"no DNS", tproxy.Config{DNS: tproxy.DNS{RedirectTCP: true}}, false, false, nil},
+		{"UDP alone", tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}}, false, false, []string{udp}},
+		{"UDP alone, it listens", tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}}, true, false, nil},
+		{"both", tproxy.Config{DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}}, false, false, []string{udp, tcp}},
+		{"both, UDP listens", tproxy.Config{DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}}, true, false, []string{tcp}},
+		{"both, TCP listens", tproxy.Config{DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}}, false, true, []string{udp}},
+		{"both listen", tproxy.Config{DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}}, true, true, nil},
+		{"outbound off", tproxy.Config{Outbound: tproxy.Outbound{Off: true}, DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}}, true, false, nil},
+	} {
+		m := newFakeMachine(t)
+		if c.udp {
+			writeProc(t, m.proc, "thread-self/net/udp", line("07"))
+		}
+		if c.tcp {
+			writeProc(t, m.proc, "thread-self/net/tcp", line("0A"))
+		}
+		var got []string
+		for _, n := range m.install(t, c.config).Notes {
+			if rest, found := strings.CutPrefix(n, "nothing listens on the proxy's "); found && strings.HasPrefix(rest, "DNS") {
+				got = append(got, rest)
+			}
+		}
+		if !slices.Equal(got, c.want) {
+			t.Errorf("%s: %q, want %q", c.name, got, c.want)
+		}
+	}
+}

@@ -12,11 +12,12 @@ import (
 // Proxy is what Follow has to know of the proxy, which passes every connection
 // on to its original destination, as Envoy does in Kuma: an inbound one from the
 // passthrough address, an outbound one from where it came, and every query to
-// the nameservers.
+// the nameservers, over UDP and over TCP: an answer that does not fit in a packet is
+// asked for again (RFC 7766, section 5).
 type Proxy struct {
 	// UID is the user that the proxy runs as.
 	UID uint32
-	// The ports that the proxy listens on. A query to DNSPort is a UDP one.
+	// The ports that the proxy listens on: DNSPort over UDP and TCP.
 	InboundPort, OutboundPort, DNSPort uint16
 	// IPv4Only is whether the proxy listens on IPv4 alone.
 	IPv4Only bool
@@ -28,9 +29,10 @@ type Proxy struct {
 
 // Resolver is a process of this host that answers DNS, and asks upstream.
 type Resolver struct {
-	Address netip.Addr // where it listens, on UDP port 53
+	Address netip.Addr // where it listens, on port 53 of UDP and TCP
 	UID     uint32
-	// Upstream are the servers that it asks; empty means one somewhere else.
+	// Upstream are the servers that it asks, over both; empty means one somewhere
+	// else.
 	Upstream []netip.Addr
 }
 
@@ -153,8 +155,8 @@ func badness(e End) int { return slices.Index([]End{Delivered, Rejected, Discard
 // redirected is the proxy's own port.
 func (f follower) receive(p Packet, port uint16, redirected bool) (next []Packet, listens bool) {
 	x := f.proxy
-	proxys := p.Protocol == rules.TCP && (port == x.InboundPort || port == x.OutboundPort) ||
-		p.Protocol == rules.UDP && port == x.DNSPort
+	query := p.Protocol == rules.TCP || p.Protocol == rules.UDP
+	proxys := p.Protocol == rules.TCP && (port == x.InboundPort || port == x.OutboundPort) || query && port == x.DNSPort
 	switch {
 	case proxys && x.IPv4Only && p.Family() == rules.IPv6:
 		return nil, false
@@ -166,12 +168,9 @@ func (f follower) receive(p Packet, port uint16, redirected bool) (next []Packet
 		return []Packet{f.sends(rules.TCP, x.UID, from, p.Destination)}, true
 	case p.Protocol == rules.TCP && port == x.OutboundPort:
 		return []Packet{f.sends(rules.TCP, x.UID, p.Source.Addr(), p.Destination)}, true
-	case p.Protocol == rules.UDP && port == x.DNSPort:
-		for _, ns := range x.Nameservers {
-			next = append(next, f.asks(x.UID, ns))
-		}
-		return next, true
-	case p.Protocol == rules.UDP && port == 53 && !redirected:
+	case query && port == x.DNSPort:
+		return f.asks(x.UID, x.Nameservers), true
+	case query && port == 53 && !redirected:
 		for _, r := range x.Resolvers {
 			if plain(r.Address) != plain(p.Destination.Addr()) {
 				continue
@@ -180,9 +179,7 @@ func (f follower) receive(p Packet, port uint16, redirected bool) (next []Packet
 			if len(to) == 0 {
 				to = upstream
 			}
-			for _, a := range to {
-				next = append(next, f.asks(r.UID, a))
-			}
+			next = append(next, f.asks(r.UID, to)...)
 		}
 	}
 	return next, true
@@ -194,17 +191,22 @@ func (f follower) sends(proto rules.Protocol, uid uint32, from netip.Addr, to ne
 	return Packet{Path: Out, Protocol: proto, UID: uid, Source: netip.AddrPortFrom(from, 40000), Destination: to}
 }
 
-func (f follower) asks(uid uint32, server netip.Addr) Packet {
-	server = plain(server)
-	from := netip.AddrFrom4([4]byte{127, 0, 0, 1})
-	if server.Is6() {
-		from = netip.IPv6Loopback()
-	}
-	for _, p := range f.env.Local {
-		if !server.IsLoopback() && p.Addr().Is4() == server.Is4() {
-			from = p.Addr()
-			break
+func (f follower) asks(uid uint32, servers []netip.Addr) (next []Packet) {
+	for _, proto := range []rules.Protocol{rules.UDP, rules.TCP} {
+		for _, server := range servers {
+			server = plain(server)
+			from := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+			if server.Is6() {
+				from = netip.IPv6Loopback()
+			}
+			for _, p := range f.env.Local {
+				if !server.IsLoopback() && p.Addr().Is4() == server.Is4() {
+					from = p.Addr()
+					break
+				}
+			}
+			next = append(next, f.sends(proto, uid, from, netip.AddrPortFrom(server, 53)))
 		}
 	}
-	return f.sends(rules.UDP, uid, from, netip.AddrPortFrom(server, 53))
+	return next
 }

@@ -16,7 +16,7 @@ var proxy = sim.Proxy{UID: 5678, InboundPort: 15006, OutboundPort: 15001, DNSPor
 }
 
 func TestFollow(t *testing.T) {
-	plan, err := tproxy.Build(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}}, tproxy.Host{
+	plan, err := tproxy.Build(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}}, tproxy.Host{
 		Nameservers:    proxy.Nameservers,
 		LocalResolvers: []tproxy.LocalResolver{{Address: proxy.Nameservers[0], UID: 101}},
 	})
@@ -31,6 +31,9 @@ func TestFollow(t *testing.T) {
 		:OUTPUT ACCEPT [0:0]
 		-A OUTPUT -p tcp -j REDIRECT --to-ports 15001
 		-A OUTPUT -p udp -m udp --dport 53 -j REDIRECT --to-ports 15053`)
+	loopTCP := save(t, rules.IPv4, `*nat
+		:OUTPUT ACCEPT [0:0]
+		-A OUTPUT -p tcp -m tcp --dport 53 -m owner --uid-owner 101 -j REDIRECT --to-ports 15053`)
 	drop := save(t, rules.IPv4, "*filter\n:INPUT DROP [0:0]")
 	unknown := save(t, rules.IPv4, "*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -m bpf --bytecode x -j ACCEPT")
 	dnat := save(t, rules.IPv4, "*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -d 10.96.0.1/32 -j DNAT --to-destination 10.0.0.7")
@@ -79,6 +82,22 @@ func TestFollow(t *testing.T) {
 			out udp uid=5678 127.0.0.1:40000 > 127.0.0.53:53 => untouched
 			out udp uid=101 10.0.0.7:40000 > 203.0.113.53:53 => untouched
 			delivered`},
+		{"DNS over TCP", plan.Rules, proxy, `
+			out tcp uid=1000 10.0.0.7:4000 > 8.8.8.8:53 => redirected to port 15053
+			out udp uid=5678 127.0.0.1:40000 > 127.0.0.53:53 => untouched
+			out udp uid=101 10.0.0.7:40000 > 203.0.113.53:53 => untouched
+			delivered`},
+		{"straight to dns, over TCP", plan.Rules, proxy, `
+			out tcp uid=5678 127.0.0.1:4000 > 127.0.0.1:15053 => untouched
+			out udp uid=5678 127.0.0.1:40000 > 127.0.0.53:53 => untouched
+			out udp uid=101 10.0.0.7:40000 > 203.0.113.53:53 => untouched
+			delivered`},
+		{"a loop by way of TCP", loopTCP, proxy, `
+			out udp uid=1000 10.0.0.7:4000 > 10.0.0.7:15053 => untouched
+			out udp uid=5678 127.0.0.1:40000 > 127.0.0.53:53 => untouched
+			out tcp uid=101 10.0.0.7:40000 > 203.0.113.53:53 => redirected to port 15053
+			out udp uid=5678 127.0.0.1:40000 > 127.0.0.53:53 => untouched
+			loop`},
 		{"a loop", loop, proxy, `
 			out tcp uid=1000 10.0.0.7:4000 > 93.184.216.34:443 => redirected to port 15001
 			out tcp uid=5678 10.0.0.7:40000 > 93.184.216.34:443 => redirected to port 15001

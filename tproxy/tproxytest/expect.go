@@ -13,13 +13,14 @@ import (
 // Rows are the names that Expect gives: the rows of docs/contract.md, section
 // 2, which a run has to reach. B2 stands for "B2:A1" and so on. Z is what the
 // section says beneath its tables of the proxy's answers, IPv6 what it says
-// above them of --ip-family-mode=ipv4, SYN of packets that do not open a
+// above them of --ip-family-mode=ipv4, B9-dns what row B9 says of
+// --redirect-dns-tcp, SYN of packets that do not open a
 // connection, and other is all else.
 func Rows() []string {
 	return []string{
 		"IPv6", "SYN",
 		"A0", "A1", "A2", "A3", "A5",
-		"B0", "B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B9", "B11",
+		"B0", "B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B9", "B9-dns", "B11",
 		"C1", "C2", "C2a", "C3", "C4", "Z", "other",
 	}
 }
@@ -66,6 +67,8 @@ func Expect(cfg tproxy.Config, host tproxy.Host, env sim.Env, p sim.Packet) (row
 			return "B7", untouched
 		case holdsPort(cfg.Outbound.ExcludePorts, port):
 			return "B8", untouched
+		case dns && port == 53 && cfg.DNS.RedirectTCP && !isLocalResolver(host, p.UID) && (cfg.DNS.CaptureAll || isNameserver(host, to)):
+			return "B9-dns", sim.Verdict{Kind: sim.Redirected, Port: orPort(cfg.DNS.Port, 15053)}
 		case dns && port == 53:
 			return "B9", untouched
 		}

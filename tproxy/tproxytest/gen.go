@@ -105,6 +105,7 @@ func drawConfig(t *rapid.T) tproxy.Config {
 	c.DNS.SkipConntrackZoneSplit = seldom(t, "skip zone split", 4)
 	c.Pod = seldom(t, "pod", 8)
 	c.DisableComments = seldom(t, "disable comments", 6)
+	c.DNS.RedirectTCP = rapid.Bool().Draw(t, "DNS over TCP")
 	return c
 }
 
@@ -370,6 +371,8 @@ func (e *edges) draw(t *rapid.T) sim.Packet {
 		case 1:
 			port = orPort(e.cfg.DNS.Port, 15053) // straight to the proxy
 		}
+	} else if p.Protocol == rules.TCP && e.cfg.DNS.On() && seldom(t, "query over TCP", 3) {
+		port = 53
 	}
 	if p.Path == sim.Out {
 		p.UID = e.uid(t)
@@ -395,7 +398,7 @@ func (e *edges) draw(t *rapid.T) sim.Packet {
 		if e.env.IsLocal(to) {
 			to = elsewhere[f]
 		}
-	case len(e.servers[f]) > 0 && p.Protocol == rules.UDP && rapid.Bool().Draw(t, "to a nameserver"):
+	case len(e.servers[f]) > 0 && (p.Protocol == rules.UDP || port == 53) && rapid.Bool().Draw(t, "to a nameserver"):
 		to = pick(t, "nameserver", e.servers[f]...)
 	case len(e.local[f]) > 0 && seldom(t, "to itself", 4):
 		to = pick(t, "own destination", e.local[f]...)

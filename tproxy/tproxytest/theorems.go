@@ -92,7 +92,7 @@ func neverLoops(c Case, p sim.Packet) error {
 		switch {
 		case p.Protocol == rules.TCP && v.Port == orPort(c.Config.Outbound.Port, 15001):
 			return wrong(c, p, "the proxy's connection is redirected to its outbound port")
-		case p.Protocol == rules.UDP:
+		case p.Protocol == rules.UDP, v.Port == orPort(c.Config.DNS.Port, 15053):
 			return wrong(c, p, "the proxy's query is redirected to its DNS port")
 		}
 	}

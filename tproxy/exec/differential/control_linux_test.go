@@ -23,13 +23,14 @@ func TestDisagreementIsSeen(t *testing.T) {
 		cfg: tproxy.Config{
 			Inbound:  tproxy.Inbound{ExcludeIPs: []netip.Prefix{netip.PrefixFrom(netlab.Client4, 32), netip.PrefixFrom(netlab.Client6, 128)}},
 			Outbound: tproxy.Outbound{ExcludePorts: rules.MustPorts("8443")},
-			DNS:      tproxy.DNS{CaptureAll: true},
+			DNS:      tproxy.DNS{CaptureAll: true, RedirectTCP: true},
 		},
 	}
 	base.drawPackets(150)
 	for _, p := range []string{
 		"in tcp 10.0.0.9:4000 > 10.0.0.2:22", "in tcp [fd00::9]:4000 > [fd00::2]:22",
 		"out tcp uid=5678 10.0.0.2:4001 > 10.0.0.7:22", "out tcp uid=5678 [fd00::2]:4001 > [fd00::7]:22",
+		"out tcp uid=1000 10.0.0.2:4002 > 8.8.8.8:53", "out tcp uid=1000 [fd00::2]:4002 > [2001:4860:4860::8888]:53",
 	} {
 		base.packets = append(base.packets, sim.MustPacket(p))
 	}
@@ -47,6 +48,7 @@ func TestDisagreementIsSeen(t *testing.T) {
 		{"SSH, kernel", "SSH is protected unless --capture-ssh is given", true, []string{"A3", "B2:A3"}, "the kernel did not bring it to app"},
 		{"excluded sources, kernel", "source excluded by --exclude-inbound-ips", true, []string{"A2", "B2:A2"}, "Seen: in answered"},
 		{"the handed on, kernel", "the proxy hands an inbound connection on", true, []string{"B1"}, "what the kernel lists says redirected"},
+		{"DNS over TCP, kernel", "every DNS query over TCP goes to the proxy's DNS port 15053", true, []string{"B9-dns"}, "the kernel did not bring it to dns"},
 		{"the zone, kernel", "kuma/mesh/transparent/proxy/redirected DNS queries have a conntrack zone of their own", true, []string{"C3", "Z"}, "conntrack has it in another zone"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -315,6 +315,7 @@ func (t *trial) prepare(l *lab, plan *tproxy.Plan) (flows []flow, err error) {
 		err = errors.Join(err,
 			l.serve(endpoint{l.Host, "tcp", netip.AddrPortFrom(wild[f], t.cfg.InboundPort())}, uid, "in"),
 			l.serve(endpoint{l.Host, "tcp", netip.AddrPortFrom(wild[f], t.cfg.OutboundPort())}, uid, "out"),
+			l.serve(endpoint{l.Host, "tcp", netip.AddrPortFrom(wild[f], t.cfg.DNSPort())}, uid, "dns"),
 			// Where REDIRECT in OUTPUT sends to (net/netfilter/nf_nat_redirect.c).
 			l.serve(endpoint{l.Host, "udp", netip.AddrPortFrom(loopbacks[f], t.cfg.DNSPort())}, uid, "dns"))
 	}
