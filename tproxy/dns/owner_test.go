@@ -254,18 +254,19 @@ func TestOwnedError(t *testing.T) {
 				t.Errorf("%s: %q is not in\n%s", m, want, text)
 			}
 		}
-		if !strings.Contains(text, cp.String()) && !slices.Contains([]Mode{HostMount, Udhcpc, WSL}, m) {
+		if !strings.Contains(text, cp.String()) && !slices.Contains([]Mode{HostMount, Udhcpc, WSL, ResolvedUplink}, m) {
 			t.Errorf("%s: no address in\n%s", m, text)
 		}
 	}
-	for version, want := range map[int]string{0: "with systemd 258 and later", 252: "systemd is version 252", 258: "a file /etc/systemd/dns-delegate.d/kuma.dns-delegate"} {
+	for version, want := range map[int]string{0: "with systemd 258 and later", 252: "with systemd 258 and later", 258: "a file in /etc/systemd/dns-delegate.d"} {
 		e := &OwnedError{Mode: ResolvedStub, Address: netip.MustParseAddr("fd00::53"), Systemd: version}
 		if got := e.Remedy(); !strings.HasPrefix(got, want) || !strings.Contains(got, "resolved.conf(5) is no way") || !strings.Contains(got, "fd00::53") {
 			t.Errorf("%d: %s", version, got)
 		}
-		if has := strings.Contains(e.Remedy(), "dns-delegate.d"); has != (version != 252) {
-			t.Errorf("%d: dns-delegate: %v", version, has)
-		}
+	}
+	why := &OwnedError{Path: DefaultPath, Mode: ResolvedUplink, Address: cp, Why: "because"}
+	if got := why.Error(); !strings.Contains(got, "\nbecause\n") || !strings.Contains(got, "ln -sf ../run/systemd/resolve/stub-resolv.conf") {
+		t.Error(got)
 	}
 	if got := fmt.Sprint(Mode(99)); got != "mode 99" {
 		t.Error(got)

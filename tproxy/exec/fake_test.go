@@ -44,9 +44,14 @@ type fakeMachine struct {
 	dead        bool   // nothing more can be written
 	etc         string // a folder of the real machine for what stands in /etc; empty is none
 	unanswered  error
-	link        kernel.Link // of ours; the zero Link is none
-	lastLink    uint32
-	onLock      func() // what happens while we wait for the lock
+	// resolved, if not nil, is a host whose resolv.conf systemd-resolved manages; init
+	// is the network namespace of its process 1.
+	resolved dns.View
+	init     string
+	bus      func(args []string) result // busctl
+	link     kernel.Link                // of ours; the zero Link is none
+	lastLink uint32
+	onLock   func() // what happens while we wait for the lock
 
 	commands []command
 	writes   int // restores that were started, addresses changed
@@ -116,6 +121,13 @@ func (m *fakeMachine) run(_ context.Context, c command) (result, error) {
 		}
 	}
 	name := filepath.Base(c.Path)
+	switch name {
+	case "busctl":
+		return m.bus(c.Args), nil
+	case "systemctl":
+		m.writes++
+		return result{}, nil
+	}
 	if p, ok := strings.CutSuffix(name, "-save"); ok {
 		return result{Stdout: m.netfilter[p].Save()}, nil
 	}
@@ -136,6 +148,13 @@ func (m *fakeMachine) resolvConf(path string, _ bool) dns.Manager {
 	at := "/nonexistent"
 	if m.etc != "" {
 		at = m.etc
+	}
+	if m.resolved != nil {
+		return dns.Manager{
+			Env:        dns.Env{Path: path, View: m.resolved, Program: func(string) string { return "" }, Running: func(string) bool { return false }},
+			FS:         files.FS{},
+			Namespaces: dns.Namespaces{Self: "host", Init: m.init},
+		}
 	}
 	path = filepath.Join(at, filepath.Base(path))
 	return dns.Manager{
@@ -178,6 +197,9 @@ func (m *fakeMachine) delMeshLink(l kernel.Link) (bool, error) {
 func (m *fakeMachine) find(name string) (string, string) {
 	if m.missing[name] {
 		return "", ""
+	}
+	if m.resolved != nil && (name == "busctl" || name == "systemctl") {
+		return "/usr/bin/" + name, "/usr/bin/" + name
 	}
 	plain := !strings.Contains(name, "-nft") && !strings.Contains(name, "-legacy")
 	if plain {
@@ -339,6 +361,9 @@ func (m *fakeMachine) all() string {
 		fmt.Fprintf(&b, "%s\n%s", p, m.netfilter[p].Save())
 	}
 	fmt.Fprintf(&b, "%v\n", m.addresses)
+	if m.link.Index != 0 {
+		fmt.Fprintf(&b, "%v\n", m.link.Addresses)
+	}
 	return b.String()
 }
 

@@ -71,6 +71,7 @@ func (s *session) delegate(a netip.Addr) (namesChange, error) {
 			err := s.reloadResolved(ctx)
 			if err != nil {
 				err = errors.Join(err, m.Undo(c))
+				_ = s.reloadResolved(context.WithoutCancel(ctx)) // what failed once, and was said
 			}
 			return err
 		},
@@ -153,7 +154,13 @@ func (s *session) meshLink(ctx context.Context, a netip.Addr) (namesChange, erro
 	if was.server.IsValid() {
 		c.undo = fmt.Sprintf("the interface %s as it was", tproxy.MeshLink)
 	}
-	c.run = func(ctx context.Context) error { return s.setMesh(ctx, want) }
+	c.run = func(ctx context.Context) error {
+		err := s.setMesh(ctx, want)
+		if err != nil {
+			err = errors.Join(err, s.setMesh(context.WithoutCancel(ctx), was))
+		}
+		return err
+	}
 	c.back = func(ctx context.Context) error { return s.setMesh(ctx, was) }
 	return c, nil
 }

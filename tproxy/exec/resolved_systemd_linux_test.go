@@ -386,7 +386,7 @@ func (d *debian) redirectsWithoutALoop() {
 		d.must("install", how)
 		d.uplink.names(d.T)
 		before := p.Queries.Count()
-		if answer, err := d.query(d.Host, appUID, stub); err != nil || len(answer) == 0 {
+		if answer, err := d.query(d.Host, appUID, "udp", stub); err != nil || len(answer) == 0 {
 			d.Errorf("%s: %v", how, err)
 		}
 		if got, seen := p.Queries.Count()-before, d.uplink.names(d.T); got != 1 || len(seen) != 1 {
