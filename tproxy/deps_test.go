@@ -36,6 +36,8 @@ var imports = map[string]struct {
 	"tproxy/tproxytest":        {false, []string{"tproxy", "tproxy/rules", "tproxy/sim"}},
 	// netlab is the namespaces of tests, demo and benchmarks.
 	"internal/netlab": {false, []string{"internal/netlab"}},
+	// bootlab boots a systemd, for tests.
+	"internal/bootlab": {false, nil},
 	// oldkuma is what Kuma's own installers write, for tests and benchmarks.
 	"internal/oldkuma": {true, []string{"tproxy/rules"}},
 }

@@ -150,6 +150,32 @@ func TestOrderNeverMatters(t *testing.T) {
 }
 
 // A host's lists have no order either.
+// How names of the mesh are resolved changes the way of no packet: the rule for the
+// interface of ours gives a mark, and no verdict.
+func TestSplitChangesNoVerdict(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		cfg := Configs().Draw(t, "config")
+		host := Hosts(cfg).Draw(t, "host")
+		plain, err := tproxy.Build(cfg, host)
+		if err != nil {
+			t.Skip(err)
+		}
+		cfg.DNS.ControlPlane, host.Nameserver.Split = netip.MustParseAddr("10.0.0.9"), tproxy.SplitLink
+		split, err := tproxy.Build(cfg, host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 8 {
+			p := Packets(cfg, host, Env()).Draw(t, "packet")
+			p.OutInterface = rapid.SampledFrom([]string{"", tproxy.MeshLink}).Draw(t, "interface")
+			was, now := sim.Walk(plain.Rules, Env(), p), sim.Walk(split.Rules, Env(), p)
+			if was.Verdict != now.Verdict || was.Reason != now.Reason {
+				t.Errorf("%s: %s # %s, and without the split %s # %s", p, Word(cfg, now.Verdict), now.Reason, Word(cfg, was.Verdict), was.Reason)
+			}
+		}
+	})
+}
+
 func TestHostOrderNeverMatters(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		c := Draw(t, Configs().Draw(t, "config"))

@@ -36,6 +36,12 @@ func TestKernelListsWhatAConfigRenders(t *testing.T) {
 		}
 		plans = append(plans, p)
 	}
+	// No random Config has a control plane, which an install would put somewhere.
+	p, err := tproxy.Build(tproxy.Config{DNS: tproxy.DNS{ControlPlane: plane4}}, tproxy.Host{Nameserver: tproxy.NameserverFile{Split: tproxy.SplitLink}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	plans = append(plans, p)
 	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
 		t.Run(b.String(), func(t *testing.T) {
 			t.Parallel() // each in a network namespace of its own
