@@ -105,6 +105,13 @@ func (d *debian) do(name string, args ...string) string {
 	return out
 }
 
+// restart restarts systemd-resolved, however often.
+func (d *debian) restart() {
+	d.Helper()
+	d.do("systemctl", "reset-failed", "systemd-resolved") // of starts in a row (systemd.unit(5), StartLimitBurst=)
+	d.do("systemctl", "restart", "systemd-resolved")
+}
+
 // kumactl runs the command in the machine.
 func (d *debian) kumactl(verb string, args ...string) (string, error) {
 	return d.Machine.Run(d.Context(), "kumactl", append([]string{verb, "transparent-proxy"}, args...)...)
@@ -262,7 +269,7 @@ func (d *debian) asksForTheMeshAlone(b tproxy.Backend, plane netip.Addr) {
 		}
 	}
 	splits("installed")
-	d.do("systemctl", "restart", "systemd-resolved")
+	d.restart()
 	splits("systemd-resolved restarted")
 
 	// With the control plane dead, others answer as before.
@@ -289,14 +296,16 @@ func (d *debian) asksForTheMeshAlone(b tproxy.Backend, plane netip.Addr) {
 // is asked for names outside of the mesh, and the logs show it.
 func (d *debian) seesALeak() {
 	d.Helper()
-	d.do("sh", "-c", "mkdir /etc/systemd/resolved.conf.d && printf '[Resolve]\nDNS="+plane4.String()+"\nDomains=~mesh\n' > /etc/systemd/resolved.conf.d/mesh.conf && systemctl restart systemd-resolved")
+	d.do("sh", "-c", "mkdir /etc/systemd/resolved.conf.d && printf '[Resolve]\nDNS="+plane4.String()+"\nDomains=~mesh\n' > /etc/systemd/resolved.conf.d/mesh.conf")
+	d.restart()
 	d.others("leak")
 	if seen := d.control.names(d.T); len(seen) == 0 {
 		d.Error("with DNS= and Domains=~mesh in resolved.conf the control plane is asked for nothing: the test shows nothing")
 	} else {
 		d.Logf("control: with DNS= and Domains=~mesh in resolved.conf the control plane is asked for %d of %d names outside of the mesh", distinct(seen), outsideNames)
 	}
-	d.do("sh", "-c", "rm -r /etc/systemd/resolved.conf.d && systemctl restart systemd-resolved")
+	d.do("rm", "-r", "/etc/systemd/resolved.conf.d")
+	d.restart()
 	d.uplink.names(d.T)
 }
 
