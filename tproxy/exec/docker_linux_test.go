@@ -120,7 +120,7 @@ func (w *world) zones(server netip.AddrPort) map[string]int {
 	for line := range strings.Lines(string(text)) {
 		var to, zone string
 		var sports, dsts, dports []string
-		for _, word := range strings.Fields(line) {
+		for word := range strings.FieldsSeq(line) {
 			switch key, value, _ := strings.Cut(word, "="); key {
 			case "dst":
 				dsts = append(dsts, value)
