@@ -244,7 +244,7 @@ func TestDockersResolverInAnotherPIDNamespace(t *testing.T) {
 		w.docker("root", func() { w.dockersRules(w.backend) })
 		p := w.passing(dockers)
 		c := tproxy.Config{Backend: w.backend, DNS: tproxy.DNS{Redirect: true, ResolvConf: w.resolvConf(dockers.Addr())}}
-		h := w.observeApart(c)
+		h := w.observeBy(c, "unshare", "--pid", "--fork", "--mount-proc")
 		if len(h.LocalResolvers) != 1 || h.LocalResolvers[0].PID != 0 || !strings.Contains(h.LocalResolvers[0].Untold, "another PID namespace") {
 			w.Fatalf("local resolvers %+v", h.LocalResolvers)
 		}
@@ -263,6 +263,26 @@ func TestDockersResolverInAnotherPIDNamespace(t *testing.T) {
 		c.DNS = tproxy.DNS{CaptureAll: true, ResolvConf: c.DNS.ResolvConf}
 		_, err = tproxy.Build(c, h)
 		if _, ok := errors.AsType[*tproxy.RefusedError](err); !ok || !strings.Contains(err.Error(), "Docker's resolver at 127.0.0.11") {
+			w.Errorf("%v", err)
+		}
+	})
+}
+
+// Who may not read the rules still learns of it by the socket, and what would loop.
+func TestDockersResolverWithoutCapabilities(t *testing.T) {
+	netlab.Require(t, "dnsmasq", "setpriv")
+	eachVariant(t, func(w *world) {
+		w.docker("root", func() { w.dockersRules(w.backend) })
+		c := tproxy.Config{Backend: w.backend, DNS: tproxy.DNS{Redirect: true, ResolvConf: w.resolvConf(dockers.Addr())}}
+		h := w.observeBy(c, "setpriv", "--bounding-set=-all", "--inh-caps=-all")
+		if len(h.LocalResolvers) != 1 || h.LocalResolvers[0].Program != "Docker's resolver" || h.LocalResolvers[0].Untold == "" {
+			w.Fatalf("local resolvers %+v", h.LocalResolvers)
+		}
+		if _, err := tproxy.Build(c, h); err != nil {
+			w.Error(err)
+		}
+		c.DNS = tproxy.DNS{CaptureAll: true, ResolvConf: c.DNS.ResolvConf}
+		if _, err := tproxy.Build(c, h); !errors.As(err, new(*tproxy.RefusedError)) {
 			w.Errorf("%v", err)
 		}
 	})
@@ -288,8 +308,8 @@ func printHost(needs string) int {
 	return 0
 }
 
-// observeApart observes the lab's host from a PID namespace of its own.
-func (w *world) observeApart(c tproxy.Config) (h tproxy.Host) {
+// observeBy observes the lab's host as a process that another program starts.
+func (w *world) observeBy(c tproxy.Config, program string, args ...string) (h tproxy.Host) {
 	w.Helper()
 	needs, err := json.Marshal(c.Needs())
 	if err != nil {
@@ -299,7 +319,7 @@ func (w *world) observeApart(c tproxy.Config) (h tproxy.Host) {
 	if err != nil {
 		w.Fatal(err)
 	}
-	out := w.on("", "unshare", "--pid", "--fork", "--mount-proc", "env", hostMarker+"="+string(needs), self)
+	out := w.on("", program, append(args, "env", hostMarker+"="+string(needs), self)...)
 	if err := json.Unmarshal([]byte(out), &h); err != nil {
 		w.Fatalf("%q: %v", out, err)
 	}
