@@ -173,6 +173,11 @@ func TestDockersResolverAnswersTheProxy(t *testing.T) {
 		w.uninstall()
 		w.ask(p, appUID, dockers, 0)
 		w.same("Docker's rules", uncounted(nat(before)), uncounted(nat(w.save(rules.IPv4))))
+		// Whether it comes first is then tried as another user.
+		c.Outbound.ExcludePortsForUIDs = []tproxy.UIDExclusion{{Protocol: rules.UDP, UIDs: rules.UIDsOf(0)}}
+		w.installTried(p, c)
+		w.ask(p, 0, dockers, 0)
+		w.ask(p, appUID, dockers, 1)
 	})
 }
 
