@@ -324,7 +324,10 @@ func (p *Plan) protectsSSH() bool { return !p.Config.Pod && !p.Config.Inbound.Ca
 
 // loops refuses DNS redirection that would come back to itself: the proxy asks
 // a local resolver, whose own query upstream would be redirected to the proxy.
-// A resolver with a user of its own is left alone by that user.
+// A resolver with a user of its own is left alone by that user. One that no user
+// tells, as Docker's in a container, whose daemon is root as the container's programs
+// are, is not left alone: while it is the only nameserver that is captured, nothing
+// that it asks itself is.
 func (p *Plan) loops() (out []Refusal) {
 	d := p.Config.DNS
 	if !d.On() {
@@ -333,28 +336,31 @@ func (p *Plan) loops() (out []Refusal) {
 	for _, r := range p.Host.LocalResolvers {
 		var who string
 		switch {
+		case r.Untold != "":
+			who = r.Untold
 		case r.UID == 0:
-			who = "root"
+			who = "runs as root"
 		case p.ProxyUIDs.Contains(r.UID):
-			who = "the proxy's user"
+			who = "runs as the proxy's user"
 		default:
 			continue
 		}
 		others := slices.ContainsFunc(p.Nameservers, func(a netip.Addr) bool { return a != r.Address.Unmap().WithZone("") })
 		if !d.CaptureAll && !others {
-			if r.UID == 0 {
+			if r.Untold == "" && r.UID == 0 {
 				p.note("the local resolver %s runs as root, so no DNS query of root's processes is captured", r)
 			}
 			continue
 		}
-		remedy := fmt.Sprintf("run %s as a user of its own", r.Program)
+		remedy := fmt.Sprintf("leave %s the only nameserver in %s", r.Address, d.ResolvConf)
 		if d.CaptureAll {
-			remedy += fmt.Sprintf(", or redirect only what goes to %s (--redirect-dns, with no other nameserver in %s)", r.Address, d.ResolvConf)
-		} else {
-			remedy += fmt.Sprintf(", or leave %s the only nameserver in %s", r.Address, d.ResolvConf)
+			remedy = fmt.Sprintf("redirect only what goes to %s (--redirect-dns, with no other nameserver in %s)", r.Address, d.ResolvConf)
+		}
+		if r.Untold == "" {
+			remedy = fmt.Sprintf("run %s as a user of its own, or %s", r.Program, remedy)
 		}
 		out = append(out, Refusal{
-			fmt.Sprintf("the local resolver %s runs as %s: its own queries upstream cannot be told from others of that user", r, who),
+			fmt.Sprintf("%s answers DNS on this host and %s: its own queries upstream cannot be told from those of others, and would come back to it", r, who),
 			remedy,
 		})
 	}
@@ -376,6 +382,9 @@ func (p *Plan) chooseBackend() *Refusal {
 	}
 	choose := func(v Variant, why string) *Refusal {
 		p.Backend, p.BackendWhy = v.Backend, why
+		if r, ok := p.Translated(); ok && r.Behind != v.Backend.String() {
+			p.note("the rules for %s are in %s, ours in %s: whether queries reach the proxy is tried, and the install undone if they do not", r, r.Behind, v.Backend)
+		}
 		return p.others()
 	}
 	if asked != Auto {
@@ -405,6 +414,11 @@ func (p *Plan) chooseBackend() *Refusal {
 		}
 		return can[i], true
 	}
+	if r, ok := p.Translated(); ok {
+		if v, ok := only(func(v Variant) bool { return v.Backend.String() == r.Behind }); ok {
+			return choose(v, fmt.Sprintf("the rules for %s at %s are there, and ours have to come before them", r.Program, r.Address))
+		}
+	}
 	if v, ok := only(func(v Variant) bool { return len(v.Ours) > 0 }); ok {
 		return choose(v, "our rules are there already")
 	}
@@ -415,6 +429,28 @@ func (p *Plan) chooseBackend() *Refusal {
 		return choose(v, "it is what iptables means on this host")
 	}
 	return choose(can[0], "both are here, and neither is in use")
+}
+
+// Translated returns a nameserver whose queries are to be redirected, and which rules
+// of others translate too. Of the rules of two variants those that came last decide,
+// and in one variant those that stand first.
+func (p *Plan) Translated() (LocalResolver, bool) {
+	i := slices.IndexFunc(p.Host.LocalResolvers, func(r LocalResolver) bool { return r.Behind != "" && p.Captures(r.Address) })
+	if i < 0 {
+		return LocalResolver{}, false
+	}
+	return p.Host.LocalResolvers[i], true
+}
+
+// Captures reports whether queries to a nameserver are redirected, if nothing excludes
+// who sends them.
+func (p *Plan) Captures(nameserver netip.Addr) bool {
+	a := nameserver.Unmap().WithZone("")
+	f := rules.IPv4
+	if a.Is6() {
+		f = rules.IPv6
+	}
+	return slices.Contains(p.Families, f) && (p.Config.DNS.CaptureAll || slices.Contains(p.Nameservers, a))
 }
 
 // missing says which programs of a variant are not installed.
@@ -641,12 +677,14 @@ func (p *Plan) dnsExclusions() (out []rules.Rule) {
 
 // resolvers is row C2a.
 func (p *Plan) resolvers(why string) []rules.Rule {
-	if len(p.Host.LocalResolvers) == 0 {
-		return nil
+	var uids []UID
+	for _, r := range p.Host.LocalResolvers {
+		if r.Untold == "" {
+			uids = append(uids, r.UID)
+		}
 	}
-	uids := make([]UID, len(p.Host.LocalResolvers))
-	for i, r := range p.Host.LocalResolvers {
-		uids[i] = r.UID
+	if uids == nil {
+		return nil
 	}
 	return []rules.Rule{rule(why, rules.Return{}, rules.OwnerUID{UIDs: rules.UIDsOf(uids...)})}
 }

@@ -175,7 +175,9 @@ func TestResolverLoops(t *testing.T) {
 	dnsmasq := func(uid tproxy.UID) []tproxy.LocalResolver {
 		return []tproxy.LocalResolver{{Address: stub, UID: uid, PID: 7, Program: "dnsmasq"}}
 	}
+	docker := []tproxy.LocalResolver{{Address: stub, Program: "Docker's resolver", Untold: "runs outside", Behind: "iptables-nft"}}
 	all, some := tproxy.DNS{CaptureAll: true}, tproxy.DNS{Redirect: true}
+	dockers := []string{"Docker's resolver at 127.0.0.53 answers DNS on this host and runs outside"}
 	refused := []string{"dnsmasq at 127.0.0.53 (process 7"}
 	for _, test := range []struct {
 		name    string
@@ -195,13 +197,26 @@ func TestResolverLoops(t *testing.T) {
 		{"the proxy, beside another", tproxy.Config{DNS: some}, tproxy.Host{Nameservers: []netip.Addr{stub, other}, LocalResolvers: dnsmasq(5678)}, refused, 0, 0},
 		{"root, beside one that is left untouched", tproxy.Config{DNS: some, IPFamilyMode: tproxy.IPv4Only}, tproxy.Host{Nameservers: []netip.Addr{stub, six}, LocalResolvers: dnsmasq(0)}, nil, 2, 1},
 		{"a user of its own, beside others", tproxy.Config{DNS: some}, tproxy.Host{Nameservers: []netip.Addr{stub, other, six, other}, LocalResolvers: dnsmasq(101)}, nil, 0, 3},
+		{"no user tells it, all", tproxy.Config{DNS: all}, tproxy.Host{Nameservers: []netip.Addr{stub}, LocalResolvers: docker}, dockers, 0, 0},
+		{"no user tells it, beside another", tproxy.Config{DNS: some}, tproxy.Host{Nameservers: []netip.Addr{stub, other}, LocalResolvers: docker}, dockers, 0, 0},
+		{"no user tells it, the only nameserver", tproxy.Config{DNS: some}, tproxy.Host{Nameservers: []netip.Addr{stub}, LocalResolvers: docker}, nil, 1, 1},
 		{"no nameserver", tproxy.Config{DNS: some}, tproxy.Host{}, nil, 2, 0},
 		{"no nameserver of IPv6", tproxy.Config{DNS: some}, tproxy.Host{Nameservers: []netip.Addr{other}}, nil, 1, 1},
 		{"a zone, and IPv4 in IPv6", tproxy.Config{DNS: some}, tproxy.Host{Nameservers: []netip.Addr{netip.MustParseAddr("fe80::1%eth0"), netip.MustParseAddr("::ffff:10.0.0.53")}}, nil, 0, 2},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			p, err := tproxy.Build(test.cfg, test.host)
-			checkRefused(t, err, test.want, "as a user of its own")
+			remedy := "as a user of its own"
+			if slices.Equal(test.want, dockers) {
+				remedy = "127.0.0.53" // what else it could run as is not ours to say
+			}
+			checkRefused(t, err, test.want, remedy)
+			if err != nil && remedy == "127.0.0.53" && strings.Contains(err.Error(), "of its own") {
+				t.Errorf("%v", err)
+			}
+			if err == nil && len(test.host.LocalResolvers) > 0 && test.host.LocalResolvers[0].Untold != "" && strings.Contains(string(p.Rules.IPTables(rules.IPv4)), "a local resolver asks upstream") {
+				t.Error("root's queries are left alone")
+			}
 			if err == nil && (len(p.Notes) != test.notes || len(p.Nameservers) != test.servers) {
 				t.Errorf("notes %q and nameservers %v; want %d and %d", p.Notes, p.Nameservers, test.notes, test.servers)
 			}
@@ -258,6 +273,10 @@ func TestBackendChoice(t *testing.T) {
 	no6 := func(v *tproxy.Variant) { v.IPv6 = tproxy.Programs{} }
 	none := func(v *tproxy.Variant) { v.IPv4, v.IPv6 = tproxy.Programs{}, tproxy.Programs{} }
 	noSave := func(v *tproxy.Variant) { v.IPv4.Save = "" }
+	// Docker's rules for its resolver, of which those of the other variant decide.
+	docker := tproxy.LocalResolver{Address: netip.MustParseAddr("127.0.0.11"), Program: "Docker's resolver", Untold: "runs outside", Behind: "iptables-legacy"}
+	some := tproxy.DNS{Redirect: true}
+	first := "iptables-legacy: the rules for Docker's resolver at 127.0.0.11 are there, and ours have to come before them"
 	for _, test := range []struct {
 		name     string
 		cfg      tproxy.Config
@@ -265,6 +284,12 @@ func TestBackendChoice(t *testing.T) {
 		want     string // the backend and why, or words of the refusal
 		removes  int
 	}{
+		{"Docker's", tproxy.Config{DNS: some}, []tproxy.Variant{with(nft, usual), with(legacy, used)}, first, 0},
+		{"Docker's, both in use", tproxy.Config{DNS: some}, []tproxy.Variant{with(with(nft, usual), used), with(legacy, used)}, first, 0},
+		{"Docker's, ours elsewhere", tproxy.Config{DNS: some}, []tproxy.Variant{with(nft, ours(rules.IPv4, rules.IPv6)), with(legacy, used)}, first, 2},
+		{"Docker's, asked", tproxy.Config{DNS: some, Backend: tproxy.IPTablesNFT}, []tproxy.Variant{nft, with(legacy, used)}, "iptables-nft: asked for", 0},
+		{"Docker's, not whole", tproxy.Config{DNS: some}, []tproxy.Variant{nft, with(with(legacy, no6), used)}, "iptables-nft: the only one with all its programs here", 0},
+		{"Docker's, no DNS", tproxy.Config{}, []tproxy.Variant{with(with(nft, usual), used), with(legacy, used)}, "iptables-nft: it is what iptables means on this host", 0},
 		{"nothing known", tproxy.Config{}, nil, "iptables-nft: nothing is known of the host", 0},
 		{"nothing known, asked", tproxy.Config{Backend: tproxy.IPTablesLegacy}, nil, "iptables-legacy: asked for", 0},
 		{"asked", tproxy.Config{Backend: tproxy.IPTablesLegacy}, []tproxy.Variant{nft, legacy}, "iptables-legacy: asked for", 0},
@@ -286,12 +311,16 @@ func TestBackendChoice(t *testing.T) {
 		{"ours in IPv6, which is left out now", tproxy.Config{IPFamilyMode: tproxy.IPv4Only}, []tproxy.Variant{with(nft, ours(4, 6))}, "iptables-nft: the only one with all its programs here", 1},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			p, err := tproxy.Build(test.cfg, tproxy.Host{Variants: test.variants})
+			p, err := tproxy.Build(test.cfg, tproxy.Host{Variants: test.variants, Nameservers: []netip.Addr{docker.Address}, LocalResolvers: []tproxy.LocalResolver{docker}})
 			if err != nil {
 				if !errors.As(err, new(*tproxy.RefusedError)) || !strings.Contains(err.Error(), test.want) {
 					t.Errorf("%v; want %s", err, test.want)
 				}
 				return
+			}
+			said := slices.ContainsFunc(p.Notes, func(n string) bool { return strings.Contains(n, "whether queries reach the proxy is tried") })
+			if said != (test.cfg.DNS.On() && p.Backend != tproxy.IPTablesLegacy) {
+				t.Errorf("notes %q", p.Notes)
 			}
 			removes := 0
 			for _, s := range p.Steps {

@@ -85,9 +85,19 @@ type LocalResolver struct {
 	UID     UID
 	PID     int
 	Program string
+	// Untold is the reason for which no user tells its own queries from those of
+	// others: UID is then not left alone, and is 0 where it cannot be seen, as is PID.
+	// Empty means that UID tells them.
+	Untold string
+	// Behind is what holds rules of others that translate queries to it: the name of a
+	// Backend, or a table of nftables. Empty means that it gets them as they are sent.
+	Behind string
 }
 
 func (r LocalResolver) String() string {
+	if r.PID == 0 {
+		return fmt.Sprintf("%s at %s", r.Program, r.Address)
+	}
 	return fmt.Sprintf("%s at %s (process %d, UID %d)", r.Program, r.Address, r.PID, r.UID)
 }
 

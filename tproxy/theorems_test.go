@@ -378,6 +378,9 @@ func TestNoStringAddsALine(t *testing.T) {
 		host.LocalResolvers = slices.Clone(host.LocalResolvers)
 		for i := range host.LocalResolvers {
 			host.LocalResolvers[i].Program = s("program")
+			if r := &host.LocalResolvers[i]; r.Untold != "" {
+				r.Untold, r.Behind = "x"+s("untold"), s("behind")
+			}
 		}
 		host.RemoteShells = slices.Clone(host.RemoteShells)
 		for i := range host.RemoteShells {
@@ -458,7 +461,7 @@ func refusal(cfg tproxy.Config, host tproxy.Host) string {
 	}
 	for _, r := range host.LocalResolvers {
 		if row, _ := Expect(cfg, host, Env(), sim.Packet{Path: sim.Out, Protocol: rules.TCP, UID: r.UID,
-			Source: sim.MustPacket("in tcp 10.0.0.7:4000 > 10.0.0.7:80").Source, Destination: sim.MustPacket("in tcp 10.0.0.7:4000 > 93.184.216.34:80").Destination}); row != "B3" && r.UID != 0 {
+			Source: sim.MustPacket("in tcp 10.0.0.7:4000 > 10.0.0.7:80").Source, Destination: sim.MustPacket("in tcp 10.0.0.7:4000 > 93.184.216.34:80").Destination}); row != "B3" && r.UID != 0 && r.Untold == "" {
 			continue
 		}
 		if cfg.DNS.CaptureAll {

@@ -222,6 +222,16 @@ func (l *Lab) namespace(name string) (*Namespace, error) {
 	return n, l.ip(context.Background(), n, "link set lo up")
 }
 
+// Of is the namespace that a process is in.
+func (l *Lab) Of(name string, pid int) (*Namespace, error) {
+	file, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", pid))
+	if err != nil {
+		return nil, err
+	}
+	l.onClose(func() { _ = file.Close() })
+	return &Namespace{name: name, file: file}, nil
+}
+
 // In runs f in the namespace, on the calling goroutine.
 func (l *Lab) In(n *Namespace, f func() error) error {
 	return elsewhere(func() error { return setns(n.file) }, f)

@@ -41,6 +41,7 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 	}
 	t := &transaction{session: s, report: &Report{Backend: p.Backend, Why: p.BackendWhy}, bare: p.Config.DisableComments,
 		put: p.Config.Needs().Nameserver, split: p.Host.Nameserver.Split, resolvConf: tproxy.DefaultResolvConf}
+	t.tryOut = func() error { return t.tryQueries(p) }
 	err = t.execute(ctx, slices.Contains(p.Families, rules.IPv6), func() ([]job, error) { return t.applyJobs(p) })
 	if err != nil {
 		return nil, err
@@ -179,6 +180,8 @@ type transaction struct {
 	split      tproxy.Split // by which names of the mesh go to the address of put, not by its file
 	names      []namesChange
 
+	tryOut func() error // what was written, before it counts; nil is not to
+
 	removes  bool // everything goes
 	drainFor time.Duration
 	drained  []FamilyReport // what a drain took out
@@ -242,6 +245,9 @@ func (t *transaction) execute(ctx context.Context, ipv6 bool, find func() ([]job
 			t.report.Notes = append(t.report.Notes, "the kernel has no comments (xt_comment): the rules hold no record of the version and the configuration")
 			err = t.write(ctx, jobs, rec, ipv6)
 		}
+	}
+	if err == nil && t.tryOut != nil {
+		err = t.tryOut()
 	}
 	if err == nil {
 		err = t.writeNames(ctx)

@@ -39,6 +39,9 @@ type fakeMachine struct {
 	routes    map[netip.Addr]kernel.Route
 	local     []netip.Prefix
 	held      bool
+	foreign   []string // tables of nftables
+	// sent is where a datagram goes that is sent to an address; nil is as it was sent.
+	sent func(uid uint32, to netip.AddrPort) (netip.AddrPort, error)
 	// connections is how many redirected ones there are at each look, per family.
 	connections func() int
 	dead        bool   // nothing more can be written
@@ -251,7 +254,14 @@ func (m *fakeMachine) hasRules(nft bool, f rules.Family, t rules.Table) (bool, e
 	return false, nil
 }
 
-func (m *fakeMachine) foreignTables() ([]string, error) { return nil, nil }
+func (m *fakeMachine) foreignTables() ([]string, error) { return m.foreign, nil }
+
+func (m *fakeMachine) send(uid uint32, to netip.AddrPort) (netip.AddrPort, error) {
+	if m.sent == nil {
+		return to, nil
+	}
+	return m.sent(uid, to)
+}
 
 func (m *fakeMachine) bases() ([]kernel.NFTBase, error) { return m.nftBases, nil }
 

@@ -240,6 +240,9 @@ func (h *fakeHost) hasRules(nft bool, f rules.Family, t rules.Table) (bool, erro
 	return h.of(nft, f).hasRules(nft, f, t)
 }
 
+func (h *fakeHost) send(_ uint32, to netip.AddrPort) (netip.AddrPort, error) {
+	return to, nil
+}
 func (h *fakeHost) foreignTables() ([]string, error)        { return nil, nil }
 func (h *fakeHost) ipv6Off() (bool, string, error)          { return false, "", nil }
 func (h *fakeHost) localAddresses() ([]netip.Prefix, error) { return nil, nil }

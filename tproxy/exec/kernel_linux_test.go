@@ -55,22 +55,23 @@ func newWorld(t *testing.T, b tproxy.Backend) *world {
 }
 
 // plan observes the lab's host and builds for it.
-func (w *world) plan(c tproxy.Config) (p *tproxy.Plan, err error) {
+func (w *world) plan(c tproxy.Config) (*tproxy.Plan, error) {
 	if c.Backend == tproxy.Auto {
 		c.Backend = w.backend
 	}
-	err = w.In(w.Host, func() error {
-		h, err := w.runner.Probe(w.Context(), c.Needs())
-		if err != nil {
-			return err
-		}
-		if !w.operated {
-			h.RemoteShells = nil
-		}
-		p, err = tproxy.Build(c, h)
-		return err
-	})
-	return p, err
+	return tproxy.Build(c, w.observe(c))
+}
+
+func (w *world) observe(c tproxy.Config) (h tproxy.Host) {
+	w.Helper()
+	err := w.In(w.Host, func() (err error) { h, err = w.runner.Probe(w.Context(), c.Needs()); return err })
+	if err != nil {
+		w.Fatal(err)
+	}
+	if !w.operated {
+		h.RemoteShells = nil
+	}
+	return h
 }
 
 func (w *world) apply(p *tproxy.Plan) (r *exec.Report, err error) {

@@ -77,6 +77,9 @@ type machine interface {
 	// ports.
 	redirected(f rules.Family, ports []uint16) (int, error)
 
+	// send sends an empty datagram as the user, and tells where rules have sent it.
+	send(uid uint32, to netip.AddrPort) (netip.AddrPort, error)
+
 	// lock keeps two runs in one network namespace apart.
 	lock(ctx context.Context, wait time.Duration) (lock, error)
 	lockHolder() (pid int, comm string, ok bool)
@@ -265,6 +268,10 @@ func (m system) redirected(f rules.Family, ports []uint16) (int, error) {
 		return 0, nil
 	}
 	return kernel.Redirected(kernel.Family(f), ports...)
+}
+
+func (system) send(uid uint32, to netip.AddrPort) (netip.AddrPort, error) {
+	return kernel.Send(uid, to)
 }
 
 func (system) routeTo(a netip.Addr) (kernel.Route, error) { return kernel.RouteTo(a) }

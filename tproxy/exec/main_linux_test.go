@@ -13,6 +13,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv(probeMarker) != "" {
 		os.Exit(probeShells())
 	}
+	if needs := os.Getenv(hostMarker); needs != "" {
+		os.Exit(printHost(needs))
+	}
 	if order := os.Getenv(childMarker); order != "" {
 		os.Exit(child(order))
 	}

@@ -70,7 +70,9 @@ func (t *transaction) filters(p *tproxy.Plan) (notes []string) {
 			notes = append(notes, "firewalld runs here and accepts whatever was translated: ports that its zones close now reach the proxy; exclude what must stay closed")
 			continue
 		}
-		others = append(others, name)
+		if name != dockersTable { // it translates DNS and filters nothing
+			others = append(others, name)
+		}
 	}
 	if len(others) > 0 {
 		notes = append(notes, fmt.Sprintf("tables of nftables that iptables does not show (%s) may filter too: let them admit TCP to port %d", strings.Join(others, ", "), p.Config.Inbound.Port))

@@ -188,29 +188,48 @@ func (s *session) resolvers(n tproxy.Needs, h *tproxy.Host) error {
 	if err != nil {
 		return fmt.Errorf("addresses of this host: %w", err)
 	}
-	type at struct {
-		addr   netip.Addr
-		socket procfs.Socket
-	}
-	var found []at
-	inodes := make(map[uint64]bool)
+	var found []listener
 	for i, a := range h.Nameservers {
 		if slices.Contains(h.Nameservers[:i], a) {
 			continue
 		}
-		own := a.IsLoopback() || slices.ContainsFunc(local, func(p netip.Prefix) bool { return p.Addr() == a.Unmap().WithZone("") })
-		if !own {
+		if !a.IsLoopback() && !slices.ContainsFunc(local, func(p netip.Prefix) bool { return p.Addr() == a.Unmap().WithZone("") }) {
 			continue
 		}
-		sockets, err := s.m.procs().ListensUDP(a.WithZone(""), 53)
-		if err != nil {
-			return fmt.Errorf("sockets at nameserver %s: %w", a, err)
+		l := listener{addr: a}
+		if a == dockersResolver {
+			if l, err = s.docker(); err != nil {
+				return err
+			}
 		}
-		if len(sockets) == 0 {
-			h.Notes = append(h.Notes, fmt.Sprintf("nothing listens at nameserver %s, which is this host", a))
+		if l.program == "" {
+			if l.sockets, err = s.m.procs().ListensUDP(a.WithZone(""), 53); err != nil {
+				return fmt.Errorf("sockets at nameserver %s: %w", a, err)
+			}
+			if len(l.sockets) == 0 {
+				h.Notes = append(h.Notes, fmt.Sprintf("nothing listens at nameserver %s, which is this host", a))
+				continue
+			}
 		}
-		for _, so := range sockets {
-			found = append(found, at{a, so})
+		found = append(found, l)
+	}
+	return s.owners(found, h)
+}
+
+// listener is what listens at a nameserver that is this host.
+type listener struct {
+	addr    netip.Addr
+	sockets []procfs.Socket
+	// program is whose it is, where another thing than its process tells.
+	program string
+	behind  string // LocalResolver.Behind
+}
+
+// owners finds the processes of the listeners.
+func (s *session) owners(found []listener, h *tproxy.Host) error {
+	inodes := make(map[uint64]bool)
+	for _, l := range found {
+		for _, so := range l.sockets {
 			inodes[so.Inode] = true
 		}
 	}
@@ -221,21 +240,41 @@ func (s *session) resolvers(n tproxy.Needs, h *tproxy.Host) error {
 	if err != nil {
 		return fmt.Errorf("processes at local nameservers: %w", err)
 	}
-	for _, f := range found {
-		for _, p := range owners[f.socket.Inode] {
-			r := tproxy.LocalResolver{Address: f.addr, UID: p.UID, PID: p.PID, Program: p.Comm}
-			if !slices.Contains(h.LocalResolvers, r) { // a socket for each thread
-				h.LocalResolvers = append(h.LocalResolvers, r)
+	add := func(r tproxy.LocalResolver) {
+		if !slices.Contains(h.LocalResolvers, r) { // a socket for each thread
+			h.LocalResolvers = append(h.LocalResolvers, r)
+		}
+	}
+	// The socket's user is the one who bound it, often root, who may have become
+	// another since: it is no answer.
+	why := "its process is in another PID namespace"
+	if partial {
+		why = "only root with CAP_SYS_PTRACE can see its process"
+	}
+	for _, l := range found {
+		seen := false
+		for _, so := range l.sockets {
+			for _, p := range owners[so.Inode] {
+				seen = true
+				r := tproxy.LocalResolver{Address: l.addr, UID: p.UID, PID: p.PID, Program: p.Comm, Behind: l.behind}
+				if l.program != "" {
+					r.Program = fmt.Sprintf("%s (%s)", l.program, p.Comm)
+					if r.UID == 0 {
+						r.Untold = "runs as root, as what runs in the container may"
+					}
+				}
+				add(r)
 			}
 		}
-		if len(owners[f.socket.Inode]) == 0 {
-			// The socket's user is the one who bound it, often root, who may have
-			// become another since: it is no answer.
-			why := "its process is in another PID namespace"
-			if partial {
-				why = "only root can see whose it is"
+		switch {
+		case seen:
+		case l.program != "":
+			add(tproxy.LocalResolver{Address: l.addr, Program: l.program, Behind: l.behind, Untold: "runs outside of this container (" + why + ")"})
+		default:
+			h.Notes = append(h.Notes, fmt.Sprintf("the user of the resolver at %s is not known (%s): its own queries would come back to it if it asks a redirected server", l.addr, why))
+			if s.m.privileged() == nil {
+				add(tproxy.LocalResolver{Address: l.addr, Program: "a program", Untold: "runs as a user that is not known (" + why + ")"})
 			}
-			h.Notes = append(h.Notes, fmt.Sprintf("the user of the resolver at %s is not known (%s): its own queries would come back to it if it asks a redirected server", f.addr, why))
 		}
 	}
 	return nil

@@ -13,16 +13,33 @@ import (
 	"testing"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
 // probed is a machine whose proc, addresses and name service are made up.
 type probed struct {
 	*fakeMachine
-	t       *testing.T
-	local   []netip.Prefix
-	getent  map[string]result // by name
-	unreads error             // of resolv.conf
-	sockets map[string]int
+	t            *testing.T
+	local        []netip.Prefix
+	getent       map[string]result // by name
+	unreads      error             // of resolv.conf
+	sockets      map[string]int
+	chainsUnread error
+}
+
+func (m *probed) chains(nft bool, f rules.Family, t rules.Table) ([]string, error) {
+	if m.chainsUnread != nil {
+		return nil, m.chainsUnread
+	}
+	return m.fakeMachine.chains(nft, f, t)
+}
+
+func (m *probed) tables(nft bool, f rules.Family) ([]rules.Table, error) {
+	if m.chainsUnread != nil {
+		return nil, m.chainsUnread
+	}
+	return m.fakeMachine.tables(nft, f)
 }
 
 func newProbed(t *testing.T) *probed {
@@ -332,6 +349,13 @@ func TestProbeResolvers(t *testing.T) {
 			name: "whose it is cannot be seen", text: "nameserver 127.0.0.1\n", servers: []string{"127.0.0.1"},
 			setup: func(m *probed) { m.socket("udp", at127_0_0_1, unconnected, 101, 601) },
 			note:  "the user of the resolver at 127.0.0.1 is not known (its process is in another PID namespace)",
+			want:  []tproxy.LocalResolver{{Address: netip.MustParseAddr("127.0.0.1"), Program: "a program", Untold: "runs as a user that is not known (its process is in another PID namespace)"}},
+		},
+		{
+			// Whoever cannot see it cannot install either.
+			name: "whose it is only root can see", text: "nameserver 127.0.0.1\n", servers: []string{"127.0.0.1"},
+			setup: func(m *probed) { m.notRoot = true; m.socket("udp", at127_0_0_1, unconnected, 101, 601) },
+			note:  "the user of the resolver at 127.0.0.1 is not known",
 		},
 		{name: "a line that is none", text: "nameserver ten.0.0.2\nsearch example.org\nnameserver 10.0.0.3\n", servers: []string{"10.0.0.3"}, setup: func(*probed) {}, note: `/etc/resolv.conf line 1 names no nameserver for us`},
 		{name: "empty", text: "", setup: func(*probed) {}},
@@ -358,6 +382,162 @@ func TestProbeResolvers(t *testing.T) {
 			}
 			if _, err := tproxy.Build(cfg, h); err != nil {
 				t.Errorf("Build: %v", err)
+			}
+		})
+	}
+}
+
+// dockersNAT is what Docker writes for its resolver, without what comes behind.
+const dockersNAT = "*nat\n:DOCKER_OUTPUT - [0:0]\n-A OUTPUT -d 127.0.0.11/32 -j DOCKER_OUTPUT\nCOMMIT\n"
+
+func TestProbeDockersResolver(t *testing.T) {
+	const unconnected = "07"
+	const at45345, at9999, at53, all53 = "0B00007F:B121", "0B00007F:270F", "0B00007F:0035", anywhere + ":0035"
+	address := netip.MustParseAddr("127.0.0.11")
+	in := func(program string) func(*probed) {
+		return func(m *probed) {
+			if err := m.netfilter[program].Restore([]byte(dockersNAT), nil); err != nil {
+				m.t.Fatal(err)
+			}
+		}
+	}
+	table := func(m *probed) { m.foreign = []string{"inet other", "ip docker-dns"} }
+	listens := func(at string) func(*probed) {
+		return func(m *probed) { m.socket("udp", at, unconnected, 0, 601) }
+	}
+	as := func(comm string, uid uint32) func(*probed) {
+		return func(m *probed) { m.process(300, comm, uid, 601) }
+	}
+	unread := func(m *probed) { m.notRoot, m.chainsUnread = true, fs.ErrPermission }
+	outside := func(behind string) tproxy.LocalResolver {
+		return tproxy.LocalResolver{Address: address, Program: "Docker's resolver", Behind: behind, Untold: "runs outside of this container (its process is in another PID namespace)"}
+	}
+	inTable := "table ip docker-dns of nftables"
+	for _, c := range []struct {
+		name  string
+		setup []func(*probed)
+		want  []tproxy.LocalResolver
+		note  string
+		loops bool // with all DNS captured
+	}{
+		{name: "rules of nft", setup: []func(*probed){in("iptables-nft"), listens(at45345)}, want: []tproxy.LocalResolver{outside("iptables-nft")}, loops: true},
+		{name: "rules of legacy", setup: []func(*probed){in("iptables-legacy"), listens(at45345)}, want: []tproxy.LocalResolver{outside("iptables-legacy")}, loops: true},
+		{name: "a table", setup: []func(*probed){table, listens(at45345)}, want: []tproxy.LocalResolver{outside(inTable)}, loops: true},
+		{name: "seen, root", setup: []func(*probed){in("iptables-nft"), listens(at45345), as("dockerd", 0)}, loops: true,
+			want: []tproxy.LocalResolver{{Address: address, PID: 300, Program: "Docker's resolver (dockerd)", Behind: "iptables-nft", Untold: "runs as root, as what runs in the container may"}}},
+		{name: "seen, another user", setup: []func(*probed){table, listens(at45345), as("dockerd", 991)},
+			want: []tproxy.LocalResolver{{Address: address, UID: 991, PID: 300, Program: "Docker's resolver (dockerd)", Behind: inTable}}},
+		{name: "another server at all addresses", setup: []func(*probed){in("iptables-nft"), listens(all53), as("named", 53)}, want: []tproxy.LocalResolver{outside("iptables-nft")}, loops: true},
+		{name: "dockerd is away", setup: []func(*probed){in("iptables-nft")}, want: []tproxy.LocalResolver{outside("iptables-nft")}, loops: true},
+		{name: "without root", setup: []func(*probed){unread, listens(at45345)}, want: []tproxy.LocalResolver{outside("")}, loops: true},
+		{name: "without root, another's", setup: []func(*probed){unread, listens(at53), as("dnsmasq", 101)},
+			want: []tproxy.LocalResolver{{Address: address, UID: 101, PID: 300, Program: "dnsmasq"}}},
+		{name: "no rules", setup: []func(*probed){listens(at9999), as("app", 1000)}, note: "nothing listens at nameserver 127.0.0.11, which is this host"},
+		{name: "another's", setup: []func(*probed){listens(at53), as("dnsmasq", 101)},
+			want: []tproxy.LocalResolver{{Address: address, UID: 101, PID: 300, Program: "dnsmasq"}}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m := newProbed(t)
+			m.files["/etc/resolv.conf"] = "nameserver 127.0.0.11\n"
+			for _, f := range c.setup {
+				f(m)
+			}
+			cfg := tproxy.Config{DNS: tproxy.DNS{Redirect: true}}
+			h := m.probe(cfg.Needs())
+			if !slices.Equal(h.LocalResolvers, c.want) {
+				t.Errorf("resolvers\n%+v, want\n%+v", h.LocalResolvers, c.want)
+			}
+			if !slices.ContainsFunc(append(h.Notes, ""), func(n string) bool { return strings.HasPrefix(n, c.note) }) {
+				t.Errorf("notes %q, want %q", h.Notes, c.note)
+			}
+			same(t, "processes", m.programs(), nil)
+			if _, err := tproxy.Build(cfg, h); err != nil {
+				t.Errorf("Build: %v", err)
+			}
+			if _, err := tproxy.Build(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}}, h); errors.As(err, new(*tproxy.RefusedError)) != c.loops {
+				t.Errorf("Build with all DNS: %v", err)
+			}
+		})
+	}
+}
+
+// Install sees whether the rules of others decide about a query first.
+func TestQueriesAreTried(t *testing.T) {
+	docker := netip.MustParseAddrPort("127.0.0.11:53")
+	own := netip.MustParseAddrPort("10.0.0.5:53")
+	to := func(a string, err error) func(uint32, netip.AddrPort) (netip.AddrPort, error) {
+		return func(uint32, netip.AddrPort) (netip.AddrPort, error) {
+			at, _ := netip.ParseAddrPort(a)
+			return at, err
+		}
+	}
+	for _, c := range []struct {
+		name     string
+		server   netip.AddrPort
+		sent     func(uint32, netip.AddrPort) (netip.AddrPort, error)
+		proxy    []tproxy.UID
+		excluded netip.Prefix
+		err      string
+		note     string
+		tries    []uint32
+	}{
+		{name: "the proxy", server: docker, sent: to("127.0.0.1:15053", nil), tries: []uint32{0}},
+		{name: "Docker's", server: docker, sent: to("127.0.0.11:45345", nil), err: "they go to 127.0.0.11:45345", tries: []uint32{0}},
+		{name: "root is the proxy", server: docker, sent: to("127.0.0.1:15053", nil), proxy: []tproxy.UID{0}, tries: []uint32{65534}},
+		{name: "not to be sent", server: docker, sent: to("", fs.ErrPermission), note: "cannot be told", tries: []uint32{0}},
+		{name: "no user", server: docker, sent: to("", kernel.ErrNoUser), note: "none of the users", tries: []uint32{0, 65534, 1000, 1, 2}},
+		{name: "an own address", server: own, sent: to("127.0.0.1:15053", nil), tries: []uint32{0}},
+		{name: "an own address, untracked", server: own, sent: to("10.0.0.5:53", nil), note: "pass the proxy by", tries: []uint32{0}},
+		{name: "excluded", server: docker, excluded: netip.MustParsePrefix("127.0.0.0/8")},
+		{name: "loopback", server: netip.MustParseAddrPort("127.0.0.1:53")},
+		{name: "elsewhere", server: netip.MustParseAddrPort("10.0.0.2:53")},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m := newProbed(t)
+			m.local = []netip.Prefix{netip.MustParsePrefix("10.0.0.5/24")}
+			m.files["/etc/resolv.conf"] = fmt.Sprintf("nameserver %s\n", c.server.Addr())
+			if err := m.netfilter["iptables-nft"].Restore([]byte(dockersNAT), nil); err != nil {
+				t.Fatal(err)
+			}
+			m.socket("udp", anywhere+":0035", "07", 101, 601)
+			m.process(300, "dnsmasq", 101, 601)
+			cfg := tproxy.Config{ProxyUIDs: c.proxy, DNS: tproxy.DNS{Redirect: true}}
+			if c.excluded.IsValid() {
+				cfg.Outbound.ExcludeIPs = []netip.Prefix{c.excluded}
+			}
+			var tries []uint32
+			m.sent = func(uid uint32, to netip.AddrPort) (netip.AddrPort, error) {
+				tries = append(tries, uid)
+				if to != c.server {
+					t.Errorf("sent to %s", to)
+				}
+				return c.sent(uid, to)
+			}
+			r := Runner{machine: m}
+			p, err := tproxy.Build(cfg, m.probe(cfg.Needs()))
+			if err != nil {
+				t.Fatal(err)
+			}
+			report, err := r.Apply(context.Background(), p)
+			if !slices.Equal(tries, c.tries) {
+				t.Errorf("tried as %d, want %d", tries, c.tries)
+			}
+			if c.err != "" {
+				if e, ok := errors.AsType[*ApplyError](err); !ok || !strings.Contains(e.Error(), c.err) || len(e.Undone) == 0 || len(e.Left) > 0 {
+					t.Errorf("%v", err)
+				}
+				// Empty tables stay.
+				if after := m.all(); strings.Contains(after, "KUMA_MESH") || !strings.Contains(after, "-A OUTPUT -d 127.0.0.11/32 -j DOCKER_OUTPUT") {
+					t.Errorf("it was not taken back:\n%s", after)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			notes := strings.Join(report.Notes, "\n")
+			if !strings.Contains(notes, c.note) || c.note == "" && strings.Contains(notes, "queries to") {
+				t.Errorf("notes %q", report.Notes)
 			}
 		})
 	}

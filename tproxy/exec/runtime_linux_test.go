@@ -2,6 +2,7 @@ package exec_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -93,4 +94,80 @@ func TestFirewalldAcceptsWhatWasTranslated(t *testing.T) {
 	// A table of firewalld's own is untouched by what we do.
 	w.uninstall()
 	closed("closed by its zone", 8080)
+}
+
+// A container of the real dockerd, with either variant of iptables. It takes programs
+// that installing would start on the machine: they are not asked for.
+func TestDockersResolverOfDockerd(t *testing.T) {
+	runtimeSuite(t, "dnsmasq", "ip")
+	for _, p := range []string{"docker", "dockerd", "containerd", "runc"} {
+		if _, err := osexec.LookPath(p); err != nil {
+			t.Skip(err)
+		}
+	}
+	eachVariant(t, func(w *world) {
+		bin, dir := w.TempDir(), w.TempDir()
+		w.Cleanup(func() { _ = syscall.Unmount(filepath.Join(dir, "docker"), syscall.MNT_DETACH) }) // dockerd mounts it over itself
+		for _, f := range rules.Families() {
+			path, err := osexec.LookPath(w.program(f, ""))
+			if err == nil {
+				err = os.Symlink(path, filepath.Join(bin, strings.Replace(w.program(f, ""), "-"+strings.TrimPrefix(w.backend.String(), "iptables-"), "", 1)))
+			}
+			if err != nil {
+				w.Fatal(err)
+			}
+		}
+		w.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+		w.Setenv("DOCKER_HOST", "unix://"+filepath.Join(dir, "docker.sock"))
+		socket := filepath.Join(dir, "containerd.sock")
+		w.start("containerd", "--root", filepath.Join(dir, "containerd"), "--state", filepath.Join(dir, "state"), "--address", socket)
+		w.until(func() bool { _, err := os.Stat(socket); return err == nil })
+		w.start("dockerd", "--containerd", socket, "--data-root", filepath.Join(dir, "docker"), "--exec-root", filepath.Join(dir, "exec"),
+			"--pidfile", filepath.Join(dir, "pid"), "-H", os.Getenv("DOCKER_HOST"), "--storage-driver", "vfs")
+		w.until(func() bool { return osexec.Command("docker", "version").Run() == nil })
+		// The programs are the machine's.
+		w.on("", "sh", "-c", "mkdir "+dir+"/image && cd "+dir+"/image && mkdir etc && ln -s usr/bin usr/lib usr/lib64 . && tar c . | docker import - image")
+		w.on("", "docker", "network", "create", "made")
+		run := func(name string) {
+			w.on("", "docker", "run", "-d", "--name", name, "--network", "made", "--dns", upstream.Addr().String(), "-v", "/usr:/usr:ro", "image", "sleep", "1000")
+			w.Cleanup(func() { _ = osexec.Command("docker", "rm", "-f", name).Run() })
+		}
+		run("kuma.io") // for which query asks
+		run("app")
+		network := "{{.NetworkSettings.Networks.made.IPAddress}}"
+		kuma := netip.MustParseAddr(strings.TrimSpace(w.on("", "docker", "inspect", "-f", network, "kuma.io")))
+		var pid int
+		if _, err := fmt.Sscan(w.on("", "docker", "inspect", "-f", "{{.State.Pid}}", "app"), &pid); err != nil {
+			w.Fatal(err)
+		}
+		n, err := w.Of("app", pid)
+		if err != nil {
+			w.Fatal(err)
+		}
+		w.Host = n
+		before := w.save(rules.IPv4)
+		p := &netlab.Proxy{UID: proxyUID, In: 15006, Out: 15001, DNS: 15053, Mode: netlab.Pass, Upstream: dockers, IPv4Only: true}
+		if err := p.Start(w.Lab); err != nil {
+			w.Fatal(err)
+		}
+		c := tproxy.Config{DNS: tproxy.DNS{Redirect: true, ResolvConf: w.resolvConf(dockers.Addr())}}
+		w.installTried(p, c)
+		for uid, want := range map[uint32]int{appUID: 1, 0: 1, proxyUID: 0} {
+			seen := p.Queries.Count()
+			answer, err := w.query(w.Host, uid, dockers)
+			if got := p.Queries.Count() - seen; err != nil || !bytes.HasSuffix(answer, kuma.AsSlice()) || got != want {
+				w.Errorf("query of %d: %q, %v, %d queries to the proxy; want %d", uid, answer, err, got, want)
+			}
+		}
+		w.uninstall()
+		w.same("Docker's rules", uncounted(nat(before)), uncounted(nat(w.save(rules.IPv4))))
+		h := w.observe(c)
+		if len(h.LocalResolvers) != 1 || h.LocalResolvers[0].Program != "Docker's resolver (dockerd)" || h.LocalResolvers[0].Behind != w.backend.String() {
+			w.Errorf("local resolvers %+v", h.LocalResolvers)
+		}
+		c.DNS = tproxy.DNS{CaptureAll: true, ResolvConf: c.DNS.ResolvConf}
+		if _, err := tproxy.Build(c, h); !errors.As(err, new(*tproxy.RefusedError)) {
+			w.Errorf("%v", err)
+		}
+	})
 }

@@ -160,7 +160,7 @@ func isProxy(cfg tproxy.Config, host tproxy.Host, uid uint32) bool {
 
 func isLocalResolver(host tproxy.Host, uid uint32) bool {
 	for _, r := range host.LocalResolvers {
-		if r.UID == uid {
+		if r.Untold == "" && r.UID == uid {
 			return true
 		}
 	}

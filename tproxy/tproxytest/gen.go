@@ -227,7 +227,11 @@ func drawHost(t *rapid.T, cfg tproxy.Config) tproxy.Host {
 				if len(h.Nameservers) > 1 && seldom(t, "resolver's UID is told apart", 2) {
 					uid = 102
 				}
-				h.LocalResolvers = append(h.LocalResolvers, tproxy.LocalResolver{Address: ns, UID: uid, PID: 321, Program: "resolver"})
+				r := tproxy.LocalResolver{Address: ns, UID: uid, PID: 321, Program: "resolver"}
+				if seldom(t, "no user tells it", 6) {
+					r = tproxy.LocalResolver{Address: ns, Program: "resolver", Untold: "is not to be seen", Behind: pick(t, "behind", "", tproxy.IPTablesLegacy.String())}
+				}
+				h.LocalResolvers = append(h.LocalResolvers, r)
 			}
 		}
 	}

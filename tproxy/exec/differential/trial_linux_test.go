@@ -59,6 +59,7 @@ func draw(seed, n int) (t trial, ok bool) {
 	}
 	for i, r := range h.LocalResolvers {
 		if !slices.ContainsFunc(h.LocalResolvers[:i], func(o tproxy.LocalResolver) bool { return o.Address == r.Address }) {
+			r.Untold, r.Behind = "", "" // its processes can all be seen
 			t.host.LocalResolvers = append(t.host.LocalResolvers, r)
 		}
 	}

@@ -34,6 +34,9 @@ func (f Family) String() string {
 	return "IPv" + strconv.Itoa(int(f))
 }
 
+// ErrNoUser is for a user that this user namespace does not have.
+var ErrNoUser = errors.New("no such user in this user namespace")
+
 // NFTTable names a table of nf_tables.
 type NFTTable struct {
 	Family string // ip, ip6, inet, arp, bridge, netdev

@@ -34,6 +34,11 @@ func NFTNative(family, table string) ([]string, error) { return nil, errors.ErrU
 // Redirected is for Linux.
 func Redirected(Family, ...uint16) (int, error) { return 0, errors.ErrUnsupported }
 
+// Send is for Linux.
+func Send(uint32, netip.AddrPort) (netip.AddrPort, error) {
+	return netip.AddrPort{}, errors.ErrUnsupported
+}
+
 // RouteTo is for Linux.
 func RouteTo(netip.Addr) (Route, error) { return Route{}, errors.ErrUnsupported }
 
