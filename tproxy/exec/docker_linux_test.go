@@ -89,7 +89,7 @@ func (w *world) passing(nameserver netip.AddrPort) *netlab.Proxy {
 func (w *world) ask(p *netlab.Proxy, uid uint32, server netip.AddrPort, want int) {
 	w.Helper()
 	before := p.Queries.Count()
-	answer, err := w.query(w.Host, uid, server)
+	answer, err := w.query(w.Host, uid, "udp", server)
 	if got := p.Queries.Count() - before; err != nil || !bytes.HasSuffix(answer, answered.AsSlice()) || got != want {
 		w.Errorf("query of %d to %s: %q, %v, %d queries to the proxy; want %d", uid, server, answer, err, got, want)
 	}
@@ -217,7 +217,7 @@ func TestDockersResolverIsNoLoop(t *testing.T) {
 				if _, err := w.apply(looping); err != nil {
 					w.Fatal(err)
 				}
-				if answer, err := w.query(w.Host, appUID, dockers); err == nil || p.Queries.Count() < 2 {
+				if answer, err := w.query(w.Host, appUID, "udp", dockers); err == nil || p.Queries.Count() < 2 {
 					w.Errorf("not refused: answer %q after %d queries to the proxy: the test shows nothing", answer, p.Queries.Count())
 				}
 			})

@@ -154,7 +154,7 @@ func TestDockersResolverOfDockerd(t *testing.T) {
 		w.installTried(p, c)
 		for uid, want := range map[uint32]int{appUID: 1, 0: 1, proxyUID: 0} {
 			seen := p.Queries.Count()
-			answer, err := w.query(w.Host, uid, dockers)
+			answer, err := w.query(w.Host, uid, "udp", dockers)
 			if got := p.Queries.Count() - seen; err != nil || !bytes.HasSuffix(answer, kuma.AsSlice()) || got != want {
 				w.Errorf("query of %d: %q, %v, %d queries to the proxy; want %d", uid, answer, err, got, want)
 			}
