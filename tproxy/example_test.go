@@ -43,8 +43,8 @@ func ExampleBuild() {
 	// -A KUMA_MESH_OUTBOUND_LOOPBACK -d 127.0.0.6/32 -m owner --uid-owner 5678-5678 -j KUMA_MESH_INBOUND
 	// -A KUMA_MESH_OUTBOUND_LOOPBACK ! -d 127.0.0.0/8 -m owner --uid-owner 5678-5678 -j KUMA_MESH_INBOUND
 	// -A KUMA_MESH_OUTBOUND_LOOPBACK -j RETURN
-	// -A KUMA_MESH_RECORD -m comment --comment "kuma/mesh/transparent/proxy/kuma-tproxy 1 1/2 lists=rules sum=c32e67b4 config={\"kumaDPUser\":\"5678\",\"ipFamilyMode\":\"ipv4\",\"" -j RETURN
-	// -A KUMA_MESH_RECORD -m comment --comment "kuma/mesh/transparent/proxy/kuma-tproxy 1 2/2 comments\":{\"disabled\":true}}" -j RETURN
+	// -A KUMA_MESH_RECORD -m comment --comment "kuma/mesh/transparent/proxy/kuma-tproxy 1 1/2 sum=c32e67b4 config={\"kumaDPUser\":\"5678\",\"ipFamilyMode\":\"ipv4\",\"redirect\":{\"" -j RETURN
+	// -A KUMA_MESH_RECORD -m comment --comment "kuma/mesh/transparent/proxy/kuma-tproxy 1 2/2 inbound\":{\"excludePorts\":[9100]}},\"comments\":{\"disabled\":true}}" -j RETURN
 	// COMMIT
 	// # IPv4 rules by iptables-nft-restore
 }

@@ -27,7 +27,7 @@ type Record struct {
 	Bare bool
 
 	config string   // what the rules do not show of the Config, as JSON
-	shown  []string // the lists that the rules show
+	shown  []string // the lists that the rules show, and the record does not hold
 	sum    string   // of the whole Config
 }
 
@@ -57,7 +57,12 @@ const (
 // unrecorded are the keys that are about a run, and not about what is installed.
 var unrecorded = []string{"wait", "waitInterval", "retry.maxRetries", "retry.sleepBetweenRetries"}
 
-// The lists that the rules show: all of them, so that a long one is not held twice.
+// longList is from how many bytes on a list is not held by the record too, where the
+// rules show it. One that the record holds is known also when somebody changed the
+// rules, and then which of them can be told.
+const longList = 256
+
+// The lists that the rules show, so that a long one is not held twice.
 var listed = []struct {
 	path string
 	same func(c, d *Config) bool
@@ -109,15 +114,16 @@ func (r Record) of(p *Plan) Record {
 		shows.Inbound.ExcludeIPs = slices.DeleteFunc(shows.Inbound.ExcludeIPs, other)
 		shows.Outbound.ExcludeIPs = slices.DeleteFunc(shows.Outbound.ExcludeIPs, other)
 	}
-	r.shown = make([]string, 0, len(listed))
-	for _, l := range listed {
-		if l.same(&c, &shows) {
-			r.shown = append(r.shown, l.path)
-		}
-	}
 	values, err := c.values()
 	if err != nil {
 		panic(err) // a plan's Config is valid
+	}
+	r.shown = make([]string, 0, len(listed))
+	for _, l := range listed {
+		i := slices.IndexFunc(keys, func(k key) bool { return k.path == l.path })
+		if len(values[i]) > longList && l.same(&c, &shows) {
+			r.shown = append(r.shown, l.path)
+		}
 	}
 	r.sum = sumOf(values)
 	for i, k := range keys {

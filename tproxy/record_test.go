@@ -154,17 +154,30 @@ func TestRecordThatCannotBeRead(t *testing.T) {
 			t.Errorf("%s: the address is ours: %v", name, rec.PassthroughAddressOurs)
 		}
 	}
-	// A rule that somebody changed beside the record.
-	ours := inKernel(t, plan.Rules)
-	s := ours[rules.IPv4]
-	for i, chain := range s.Chains {
-		if chain.Name == "KUMA_MESH_INBOUND" {
-			s.Chains[i].Rules = slices.Delete(slices.Clone(chain.Rules), 1, 2)
+	// A rule that somebody changed beside the record: a short list the record holds, a
+	// long one only the rule.
+	for ports, known := range map[string]bool{"8080": true, long(): false} {
+		cfg := plan.Config
+		cfg.Inbound.ExcludePorts = rules.MustPorts(ports)
+		plan, err := tproxy.Build(cfg, tproxy.Host{})
+		if err != nil {
+			t.Fatal(err)
 		}
-	}
-	_, _, err = tproxy.Installed(s, rules.Set{})
-	if e, ok := errors.AsType[*tproxy.RecordError](err); !ok || !strings.Contains(e.What, "does not fit the rules") {
-		t.Errorf("a changed rule: %v", err)
+		ours := inKernel(t, plan.Rules)
+		s := ours[rules.IPv4]
+		for i, chain := range s.Chains {
+			if chain.Name == "KUMA_MESH_INBOUND" {
+				s.Chains[i].Rules = slices.Delete(slices.Clone(chain.Rules), 1, 2)
+			}
+		}
+		got, _, err := tproxy.Installed(s, rules.Set{})
+		if known {
+			if err != nil || !got.Inbound.ExcludePorts.Equal(cfg.Inbound.ExcludePorts) {
+				t.Errorf("a changed rule of a short list: %v, %v", got.Inbound.ExcludePorts, err)
+			}
+		} else if e, ok := errors.AsType[*tproxy.RecordError](err); !ok || !strings.Contains(e.What, "does not fit the rules") {
+			t.Errorf("a changed rule: %v", err)
+		}
 	}
 	if _, _, err := tproxy.Installed(rules.Set{}, rules.Set{}); !errors.Is(err, tproxy.ErrNoRecord) {
 		t.Errorf("nothing installed: %v", err)
@@ -191,4 +204,13 @@ func TestBareRecord(t *testing.T) {
 			t.Errorf("%+v, %v", rec, err)
 		}
 	}
+}
+
+// long is a list that a record does not hold.
+func long() string {
+	var b strings.Builder
+	for i := range 100 {
+		fmt.Fprintf(&b, "%d,", 2000+2*i)
+	}
+	return strings.TrimSuffix(b.String(), ",")
 }
