@@ -221,11 +221,12 @@ func (b *bench) rates(rounds int) (map[column][][]float64, error) {
 
 func report(p *crowd.Page, rates map[column][][]float64) {
 	row := func(name string, cell func(c column) string) {
-		line := fmt.Sprintf("%-26s", name)
+		var line strings.Builder
+		fmt.Fprintf(&line, "%-26s", name)
 		for _, c := range columns() {
-			line += fmt.Sprintf(" %16s", cell(c))
+			fmt.Fprintf(&line, " %16s", cell(c))
 		}
-		p.Linef("%s", line)
+		p.Linef("%s", &line)
 	}
 	last := len(ways) - 1
 	ratio := func(name string, of, to int) {
