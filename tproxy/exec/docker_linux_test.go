@@ -104,39 +104,25 @@ func (w *world) installTried(p *netlab.Proxy, c tproxy.Config) {
 	w.until(func() bool { return p.Queries.Count() > before })
 }
 
-// zones says, of each query to the server that conntrack knows, the port to which it
-// went and its zone, "15053 zone=2"; nil where the kernel does not list them.
-func (w *world) zones(server netip.AddrPort) map[string]int {
+// queryZones says, of each query to the server that conntrack knows, the port to which
+// it went and its zone, "15053 zone=2"; nil where the kernel does not list them.
+func (w *world) queryZones(server netip.AddrPort) map[string]int {
 	w.Helper()
-	var text []byte
-	err := w.In(w.Host, func() (err error) { text, err = os.ReadFile("/proc/thread-self/net/nf_conntrack"); return err })
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
+	entries, ok, err := w.Conntrack(w.Host)
 	if err != nil {
 		w.Fatal(err)
 	}
+	if !ok {
+		return nil
+	}
 	out := map[string]int{}
-	for line := range strings.Lines(string(text)) {
-		var to, zone string
-		var sports, dsts, dports []string
-		for word := range strings.FieldsSeq(line) {
-			switch key, value, _ := strings.Cut(word, "="); key {
-			case "dst":
-				dsts = append(dsts, value)
-			case "dport":
-				dports = append(dports, value)
-			case "sport":
-				sports = append(sports, value)
-			case "zone":
-				if value != "0" {
-					zone = " " + word
-				}
-			}
-		}
-		if strings.Contains(line, " udp ") && len(sports) == 2 && dsts[0] == server.Addr().String() && dports[0] == "53" {
-			to = sports[1]
-			out[to+zone]++
+	for _, e := range entries {
+		switch {
+		case e.To != server:
+		case e.Zone != 0:
+			out[fmt.Sprintf("%d zone=%d", e.Server.Port(), e.Zone)]++
+		default:
+			out[fmt.Sprint(e.Server.Port())]++
 		}
 	}
 	return out
@@ -164,7 +150,7 @@ func TestDockersResolverAnswersTheProxy(t *testing.T) {
 		w.ask(p, appUID, upstream, 0)
 		w.checkFamilies([]int{0}, flow{"B3", "5678 docker:53 => docker"}, flow{"B4", "1000 docker:53 => docker"})
 		// Two of those to 15053 are the installs' own.
-		if got := w.zones(dockers); got != nil && (len(got) != 2 || got["15053 zone=2"] != 4 || got[fmt.Sprint(dockersUDP)] != 4) {
+		if got := w.queryZones(dockers); got != nil && (len(got) != 2 || got["15053 zone=2"] != 4 || got[fmt.Sprint(dockersUDP)] != 4) {
 			w.Errorf("queries to %s by port and zone: %v", dockers, got)
 		}
 		if r := w.install(c); r.Changed || len(r.Steps) > 0 {

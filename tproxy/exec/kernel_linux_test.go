@@ -514,6 +514,16 @@ func TestEachRowOfTheContract(t *testing.T) {
 			{"B8", "1000 internet:53 => remote"},
 			{"C3", "1000 udp internet:53 => dns"},
 		}, nil, nil},
+		{"a nameserver of IPv6 alone", func(w *world) tproxy.Config {
+			return tproxy.Config{DNS: tproxy.DNS{Redirect: true, ResolvConf: w.resolvConf(netlab.Resolver6)}}
+		}, []flow{
+			{"B9", "1000 resolver:53 => remote"},
+			{"C4", "1000 udp internet:53 => resolver"},
+		}, []flow{
+			{"C4", "1000 udp resolver:53 => resolver"},
+		}, []flow{
+			{"C3", "1000 udp resolver:53 => dns"},
+		}},
 		{"own address excluded", func(*world) tproxy.Config {
 			return tproxy.Config{Inbound: tproxy.Inbound{ExcludeIPs: prefixes("host")}}
 		}, []flow{
@@ -636,7 +646,8 @@ func TestProxyReachesTheLocalResolverOverTCP(t *testing.T) {
 			w.Fatal(err)
 		}
 		w.proxy(netlab.Answer)
-		for _, c := range []tproxy.Config{{}, {DNS: tproxy.DNS{CaptureAll: true}}, {DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}}} {
+		stubs := tproxy.DNS{Redirect: true, ResolvConf: w.resolvConf(places["loopback2"][0], places["loopback2"][1])}
+		for _, c := range []tproxy.Config{{}, {DNS: tproxy.DNS{CaptureAll: true}}, {DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}}, {DNS: stubs}} {
 			w.install(c)
 			w.check(flow{"B3", "5678 loopback2:53 => stub"}, flow{"B4", "1000 loopback2:53 => stub"})
 		}

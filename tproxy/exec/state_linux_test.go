@@ -661,26 +661,3 @@ func TestDropPolicyIsNoted(t *testing.T) {
 		}
 	})
 }
-
-// K20: a stateful filter lets the answers in to every query: redirected, excluded,
-// and the proxy's own.
-func TestStatefulFilterLetsAnswersIn(t *testing.T) {
-	eachVariant(t, func(w *world) {
-		w.serve()
-		w.proxy(netlab.Answer)
-		w.iptables("-A INPUT -i lo -p udp --dport 15053 -j ACCEPT", "-A INPUT -m conntrack --ctstate ESTABLISHED -j ACCEPT", "-A INPUT -p ipv6-icmp -j ACCEPT", "-P INPUT DROP")
-		for _, c := range []tproxy.Config{
-			{DNS: tproxy.DNS{CaptureAll: true}},
-			{DNS: tproxy.DNS{CaptureAll: true, SkipConntrackZoneSplit: true}},
-			{DNS: tproxy.DNS{Redirect: true, ResolvConf: w.resolvConf(netlab.Resolver4, netlab.Resolver6)}},
-		} {
-			c.Outbound.ExcludeIPs = prefixes("client")
-			w.install(c)
-			w.check(flow{"C3", "1000 udp resolver:53 => dns"}, flow{"C2", "1000 udp client:53 => resolver"}, flow{"C1", "5678 udp resolver:53 => resolver"},
-				flow{"C", "1000 udp internet:5353 => resolver"})
-			if c.DNS.Redirect {
-				w.check(flow{"C4", "1000 udp internet:53 => resolver"})
-			}
-		}
-	})
-}

@@ -29,7 +29,8 @@ const (
 	RedirectedIn, RedirectedOut = 80, 443
 )
 
-const appUID = 1000
+// AppUID is the applications' user.
+const AppUID = 1000
 
 // Main is the main function of a benchmark: it reads the flags, enters namespaces
 // where that takes another process, and runs it. rounds says what they are.
@@ -62,11 +63,18 @@ type Host struct {
 	runner  exec.Runner
 }
 
-// New makes a host without rules, with everything that listens. Close it.
-func New(b tproxy.Backend) (*Host, error) {
+// Bare makes a host without rules, where nothing listens. Close it.
+func Bare(b tproxy.Backend) (*Host, error) {
 	h := &Host{Backend: b, ctx: context.Background()}
 	var err error
-	if h.Lab, err = netlab.New(h.ctx); err != nil {
+	h.Lab, err = netlab.New(h.ctx)
+	return h, err
+}
+
+// New makes a host without rules, with everything that listens. Close it.
+func New(b tproxy.Backend) (*Host, error) {
+	h, err := Bare(b)
+	if err != nil {
 		return nil, err
 	}
 	everywhere := func(ports ...uint16) (out []netip.AddrPort) {
@@ -75,7 +83,7 @@ func New(b tproxy.Backend) (*Host, error) {
 		}
 		return out
 	}
-	_, err = h.ListenTCP(h.Lab.Host, appUID, "app", everywhere(RedirectedIn, ExcludedIn)...)
+	_, err = h.ListenTCP(h.Lab.Host, AppUID, "app", everywhere(RedirectedIn, ExcludedIn)...)
 	_, err2 := h.ListenTCP(h.Client, 0, "remote", everywhere(RedirectedOut, ExcludedOut)...)
 	proxy := &netlab.Proxy{UID: tproxy.DefaultProxyUID, In: tproxy.DefaultInboundPort, Out: tproxy.DefaultOutboundPort, DNS: tproxy.DefaultDNSPort}
 	if err = errors.Join(err, err2, proxy.Start(h.Lab)); err != nil {
@@ -164,7 +172,7 @@ func (h *Host) streams() []netlab.Stream {
 		return netlab.Stream{Held: held / redirected, From: h.Client, To: netip.AddrPortFrom(to, port), Want: "in", Else: "app"}
 	}
 	out := func(to netip.Addr, port uint16) netlab.Stream {
-		return netlab.Stream{Held: held / redirected, From: h.Lab.Host, UID: appUID, To: netip.AddrPortFrom(to, port), Want: "out", Else: "remote"}
+		return netlab.Stream{Held: held / redirected, From: h.Lab.Host, UID: AppUID, To: netip.AddrPortFrom(to, port), Want: "out", Else: "remote"}
 	}
 	streams := []netlab.Stream{
 		in(netlab.Host4, RedirectedIn), in(netlab.Host6, RedirectedIn), out(netlab.Internet4, RedirectedOut), out(netlab.Internet6, RedirectedOut),

@@ -372,45 +372,13 @@ type connection struct {
 	from, to netip.AddrPort
 }
 
-// conntrack reads /proc/net/nf_conntrack, which a kernel may lack; ok is false
-// there. A line holds "udp 17", the tuples of both directions, and "zone=2" (not
-// where it is 0).
+// conntrack is where conntrack says that each flow goes; ok is false where the kernel
+// does not list them.
 func (l *lab) conntrack() (out map[connection]track, ok bool, err error) {
-	var text []byte
-	err = l.In(l.Host, func() (err error) { text, err = os.ReadFile("/proc/thread-self/net/nf_conntrack"); return err })
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, false, nil
-	}
+	entries, ok, err := l.Conntrack(l.Host)
 	out = map[connection]track{}
-	for line := range strings.Lines(string(text)) {
-		words := strings.Fields(line)
-		if len(words) < 4 {
-			continue
-		}
-		var addrs []netip.Addr
-		var ports []uint16
-		var c connection
-		var t track
-		fmt.Sscan(words[3], &c.protocol)
-		for _, w := range words {
-			key, value, _ := strings.Cut(w, "=")
-			switch key {
-			case "src", "dst":
-				a, _ := netip.ParseAddr(value)
-				addrs = append(addrs, a)
-			case "sport", "dport":
-				var p uint16
-				fmt.Sscan(value, &p)
-				ports = append(ports, p)
-			case "zone":
-				fmt.Sscan(value, &t.zone)
-			}
-		}
-		if len(addrs) == 4 && len(ports) == 4 {
-			c.from, c.to = netip.AddrPortFrom(addrs[0], ports[0]), netip.AddrPortFrom(addrs[1], ports[1])
-			t.to = netip.AddrPortFrom(addrs[2], ports[2])
-			out[c] = t
-		}
+	for _, e := range entries {
+		out[connection{rules.Protocol(e.Protocol), e.From, e.To}] = track{e.Server, e.Zone}
 	}
-	return out, true, err
+	return out, ok, err
 }
