@@ -118,7 +118,7 @@ func (w *world) queryZones(server netip.AddrPort) map[string]int {
 	out := map[string]int{}
 	for _, e := range entries {
 		switch {
-		case e.To != server:
+		case e.To != server || e.Protocol != uint8(rules.UDP):
 		case e.Zone != 0:
 			out[fmt.Sprintf("%d zone=%d", e.Server.Port(), e.Zone)]++
 		default:
