@@ -50,6 +50,10 @@ type Hidden struct {
 	Family rules.Family
 	// Hooks are where it sees them; empty where that is not known.
 	Hooks []rules.Hook
+	// Late is whether it can let packets pass or not, and nothing else that matters to
+	// a redirection by iptables: it neither translates at its priority or before, nor
+	// stands in front of conntrack.
+	Late bool
 }
 
 // Meets reports whether a packet of the family that passes one of the hooks
@@ -120,7 +124,7 @@ func (r *reader) family(b tproxy.Backend, f rules.Family) error {
 	i := slices.IndexFunc(r.variants, func(v tproxy.Variant) bool { return v.Backend == b && v.For(f).Save != "" })
 	if i < 0 {
 		if !nft { // of nft, others names the chains
-			r.hide(fmt.Sprintf("the %s rules of %s, whose save program is not here", f, b), f)
+			r.hide(Hidden{What: fmt.Sprintf("the %s rules of %s, whose save program is not here", f, b), Family: f})
 		}
 		return nil
 	}
@@ -146,7 +150,7 @@ func (r *reader) family(b tproxy.Backend, f rules.Family) error {
 			return err
 		}
 		for _, what := range native {
-			r.hide(fmt.Sprintf("a rule made with nft in table %s %s, %s", nftFamily(f), t, what), f)
+			r.hide(Hidden{What: fmt.Sprintf("a rule made with nft in table %s %s, %s", nftFamily(f), t, what), Family: f, Late: t == rules.Filter || t == rules.Security})
 		}
 	}
 	return nil
@@ -168,6 +172,10 @@ func (r *reader) others() error {
 			what = fmt.Sprintf("chain %s of %s, priority %d", b.Chain, what, b.Priority)
 		}
 		family := map[string]rules.Family{"ip": rules.IPv4, "ip6": rules.IPv6}[b.Table.Family]
+		late := b.Priority > conntrackPriority
+		if b.Type == "nat" {
+			late = b.Priority > natPriority
+		}
 		var hooks []rules.Hook
 		switch b.Hook {
 		case "?":
@@ -178,10 +186,17 @@ func (r *reader) others() error {
 		default:
 			hooks = []rules.Hook{rules.Hook(b.Hook)}
 		}
-		r.hide(what, family, hooks...)
+		r.hide(Hidden{What: what, Family: family, Hooks: hooks, Late: late})
 	}
 	return nil
 }
+
+// The priorities of connection tracking, and of translation by iptables
+// (NF_IP_PRI_CONNTRACK and NF_IP_PRI_NAT_DST, linux/netfilter_ipv4.h).
+const (
+	conntrackPriority = -200
+	natPriority       = -100
+)
 
 // listed reports whether iptables-nft-save shows the chain, of a table that it
 // shows: it passes over other base chains, and says so in a comment alone
@@ -200,17 +215,18 @@ func listed(b kernel.NFTBase) bool {
 }
 
 // hide notes what is hidden, a table once.
-func (r *reader) hide(what string, f rules.Family, hooks ...rules.Hook) {
-	for i, h := range r.Hidden {
-		if h.What != what || h.Family != f {
+func (r *reader) hide(h Hidden) {
+	for i, old := range r.Hidden {
+		if old.What != h.What || old.Family != h.Family {
 			continue
 		}
-		if len(hooks) == 0 || len(h.Hooks) == 0 {
+		if len(h.Hooks) == 0 || len(old.Hooks) == 0 {
 			r.Hidden[i].Hooks = nil
-		} else if !slices.Contains(h.Hooks, hooks[0]) {
-			r.Hidden[i].Hooks = append(h.Hooks, hooks...)
+		} else if !slices.Contains(old.Hooks, h.Hooks[0]) {
+			r.Hidden[i].Hooks = append(old.Hooks, h.Hooks...)
 		}
+		r.Hidden[i].Late = old.Late && h.Late
 		return
 	}
-	r.Hidden = append(r.Hidden, Hidden{What: what, Family: f, Hooks: hooks})
+	r.Hidden = append(r.Hidden, h)
 }

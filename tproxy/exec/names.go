@@ -85,6 +85,18 @@ func (t *transaction) lookAtNames(ctx context.Context) error {
 	return nil
 }
 
+// splitChange is what is to be done in one way for systemd-resolved to ask a control
+// plane, or, with the zero Addr, not to; nothing where the file of that way is the host's.
+func (s *session) splitChange(ctx context.Context, by tproxy.Split, a netip.Addr) (namesChange, error) {
+	if by == tproxy.SplitLink {
+		return s.meshLink(ctx, a)
+	}
+	if m := s.m.resolvConf(dns.DelegatePath, false); dns.MayWrite(dns.DelegatePath, m.Env.Mounts, m.Namespaces) != nil {
+		return namesChange{nothing: true}, nil
+	}
+	return s.delegate(a)
+}
+
 // lookAtSplit finds what is to be done to systemd-resolved: what it is told goes in,
 // and then what it was told in the other way goes.
 func (t *transaction) lookAtSplit(ctx context.Context) error {
@@ -93,15 +105,7 @@ func (t *transaction) lookAtSplit(ctx context.Context) error {
 		if t.put != nil && t.split == by {
 			a = t.put.Address
 		}
-		var c namesChange
-		var err error
-		if by == tproxy.SplitLink {
-			c, err = t.meshLink(ctx, a)
-		} else if m := t.m.resolvConf(dns.DelegatePath, false); dns.MayWrite(dns.DelegatePath, m.Env.Mounts, m.Namespaces) == nil {
-			c, err = t.delegate(a)
-		} else {
-			continue // the file is the host's
-		}
+		c, err := t.splitChange(ctx, by, a)
 		switch {
 		case err != nil && a.IsValid():
 			return &ApplyError{Step: tproxy.SplitNames{Address: a, By: by}.String(), Err: err, Remedy: leaveFile}

@@ -56,7 +56,9 @@ func (t *transaction) filters(p *tproxy.Plan) (notes []string) {
 	}
 	for _, j := range t.jobs {
 		if j.variant.Backend == p.Backend && slices.Contains(p.Families, j.family) {
-			notes = append(notes, inputFilter(j.family, j.before.all, p.Config.Inbound.Port)...)
+			if _, what := inputFilter(j.family, j.before.all, p.Config.Inbound.Port); what != "" {
+				notes = append(notes, what)
+			}
 		}
 	}
 	notes = append(notes, t.otherFilter(p)...)
@@ -174,8 +176,9 @@ var (
 )
 
 // inputFilter walks a redirected connection through the filter table as
-// iptables-save showed it: INPUT sees it with the proxy's port.
-func inputFilter(f rules.Family, all rules.Set, port uint16) []string {
+// iptables-save showed it: INPUT sees it with the proxy's port. It returns what becomes
+// of the connection, and, unless it passes, what to say of it.
+func inputFilter(f rules.Family, all rules.Set, port uint16) (sim.Kind, string) {
 	var filter rules.Set
 	for _, c := range all.Bases {
 		if c.Table == rules.Filter && c.Hook == rules.Input {
@@ -204,11 +207,11 @@ func inputFilter(f rules.Family, all rules.Set, port uint16) []string {
 	trace := sim.Walk(filter, sim.EnvOf(here[f]), packet)
 	switch trace.Kind {
 	case sim.Untouched:
-		return nil
+		return trace.Kind, ""
 	case sim.Unknown:
-		return []string{fmt.Sprintf("whether the %s filter of INPUT admits redirected connections, which come to port %d, cannot be told (%s); this rule makes it: %s", f, port, trace.Reason, admit)}
+		return trace.Kind, fmt.Sprintf("whether the %s filter of INPUT admits redirected connections, which come to port %d, cannot be told (%s); this rule makes it: %s", f, port, trace.Reason, admit)
 	}
-	return []string{fmt.Sprintf("the %s filter of INPUT drops redirected connections, which come to port %d (%s); admit them: %s", f, port, trace.Summary(), admit)}
+	return trace.Kind, fmt.Sprintf("the %s filter of INPUT drops redirected connections, which come to port %d (%s); admit them: %s", f, port, trace.Summary(), admit)
 }
 
 // forRedirected leaves out of rules what is known of a redirected connection

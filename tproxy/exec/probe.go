@@ -27,7 +27,10 @@ func (r *Runner) Probe(ctx context.Context, n tproxy.Needs) (tproxy.Host, error)
 	if err != nil {
 		return tproxy.Host{}, err
 	}
-	var h tproxy.Host
+	return s.probe(ctx, n)
+}
+
+func (s *session) probe(ctx context.Context, n tproxy.Needs) (h tproxy.Host, err error) {
 	if n.IPv6 {
 		off, why, err := s.m.ipv6Off()
 		if err != nil {

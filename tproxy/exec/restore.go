@@ -27,7 +27,11 @@ type live struct {
 func (s *session) savedText(ctx context.Context, v tproxy.Variant, f rules.Family) (text []byte, step string, err error) {
 	path := v.For(f).Save
 	step = fmt.Sprintf("reading the %s rules of %s", f, v.Backend)
-	r, err := s.run(ctx, command{Path: path})
+	c := command{Path: path}
+	if s.counters {
+		c.Args = []string{"-c"}
+	}
+	r, err := s.run(ctx, c)
 	if err != nil {
 		return nil, step, &ApplyError{Step: step, Family: f, Program: path, Err: err}
 	}

@@ -22,6 +22,7 @@ type session struct {
 	lock               *os.File // what children inherit, while it is held
 	wait, waitInterval time.Duration
 	processes, retries int
+	counters           bool // whether rules are read with what they have counted
 
 	// How often a failure that passes is tried again, and after how long.
 	maxRetries int

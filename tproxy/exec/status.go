@@ -1,0 +1,391 @@
+package exec
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/dns"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+	"github.com/kumahq/kuma-tproxy/tproxy/sim"
+)
+
+// State is how an install stands.
+type State string
+
+// The states.
+const (
+	// StateInstalled is an install that stands as it was made.
+	StateInstalled State = "installed"
+	// StateDrifted is one from which something departs: Status.Drift says what.
+	StateDrifted State = "drifted"
+	// StateAbsent is that there is none.
+	StateAbsent State = "absent"
+	// StateUnknown is that it cannot be told: Status.Reasons say why.
+	StateUnknown State = "unknown"
+)
+
+// Status is what stands in a network namespace of an install, and how that departs
+// from what was installed.
+type Status struct {
+	State State
+	// Version is that of the program that installed, as the record says; it may be
+	// empty.
+	Version string
+	// Backend holds the rules; tproxy.Auto where there are none. Families are those
+	// that have some.
+	Backend  tproxy.Backend
+	Families []rules.Family
+	// Config is what was installed, as tproxy.Plan.Config has it; nil where that is not
+	// known.
+	Config *tproxy.Config
+	Drift  []tproxy.Drift
+	// Reasons are those for which something cannot be told.
+	Reasons []string
+	// Counters are of every rule of ours, in order.
+	Counters []Counter
+	// Notes is what the operator should know, and is no drift.
+	Notes []string
+}
+
+// Counter is what the kernel has counted at a rule of ours since it was made.
+type Counter struct {
+	Family rules.Family
+	Table  rules.Table
+	Chain  string
+	Index  int // of the rule in its chain, from 1
+	// Verdict is what the rule does to a connection, or to a query: in, out, dns,
+	// refused or excluded; empty for one that leads to others.
+	Verdict string
+	Why     string
+	// Packets are those that met the rule: of nat, the first one of a connection.
+	Packets, Bytes uint64
+}
+
+// Status reads what stands of an install in this network namespace, and compares it
+// with what an install of the same configuration makes here now. It changes nothing.
+// What cannot be told is a state of its own, with its reasons: without root, that is
+// all. The error is for a failure to read, and for a context that is done.
+func (r *Runner) Status(ctx context.Context) (*Status, error) {
+	s, err := r.session()
+	if err != nil {
+		return nil, err
+	}
+	s.counters = true
+	l := looker{session: s, Status: &Status{State: StateUnknown}}
+	if err := s.m.privileged(); err != nil {
+		l.cannot("%v", err)
+		return l.Status, nil
+	}
+	if err := l.look(ctx); err != nil {
+		return nil, err
+	}
+	switch {
+	case len(l.Drift) > 0:
+		l.State = StateDrifted
+	case len(l.Reasons) > 0:
+		l.State = StateUnknown
+	case l.found == nil:
+		l.State = StateAbsent
+	default:
+		l.State = StateInstalled
+	}
+	return l.Status, ctx.Err()
+}
+
+// looker fills a Status.
+type looker struct {
+	*session
+	*Status
+	jobs  []job // what is ours, in each variant and family
+	live  Live
+	found *Installation
+}
+
+func (l *looker) cannot(format string, args ...any) {
+	if why := fmt.Sprintf(format, args...); !slices.Contains(l.Reasons, why) {
+		l.Reasons = append(l.Reasons, why)
+	}
+}
+
+func (l *looker) drift(d tproxy.Drift) {
+	if !slices.Contains(l.Drift, d) {
+		l.Drift = append(l.Drift, d)
+	}
+}
+
+func (l *looker) look(ctx context.Context) error {
+	if err := l.read(ctx); err != nil {
+		return err
+	}
+	if l.found == nil {
+		return l.leftovers(ctx)
+	}
+	l.Backend, l.Families, l.Version = l.found.Backend, l.found.Families, l.found.Record.Version
+	l.count()
+	if l.found.Kuma {
+		l.cannot("rules that Kuma's own installer made are there: what it was configured with is not known")
+	}
+	if l.found.Unknown != nil {
+		if !l.found.Kuma || !errors.Is(l.found.Unknown, tproxy.ErrNoRecord) {
+			l.cannot("%v", l.found.Unknown)
+		}
+		return nil
+	}
+	config := l.found.Config
+	l.Config = &config
+	plan, err := l.plan(ctx)
+	if err != nil || plan == nil {
+		return err
+	}
+	l.compare(plan)
+	if err := l.address(plan); err != nil {
+		return err
+	}
+	if err := l.names(ctx, plan); err != nil {
+		return err
+	}
+	l.others(plan)
+	l.Notes = append(l.Notes, l.listening(plan)...)
+	return nil
+}
+
+// read reads everybody's rules, once.
+func (l *looker) read(ctx context.Context) error {
+	variants := l.variants(ctx)
+	read := reader{session: l.session, ctx: ctx, variants: variants, Live: &l.live}
+	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+		for _, f := range rules.Families() {
+			if err := read.family(b, f); err != nil {
+				if ctx.Err() != nil {
+					return err
+				}
+				l.cannot("%v", err)
+			}
+		}
+	}
+	if err := read.others(); err != nil {
+		l.cannot("%v", err)
+	}
+	for _, v := range variants {
+		if v.Unknown != "" {
+			l.cannot("whether rules of ours stand in %s cannot be told: %s", v.Backend, v.Unknown)
+		}
+		for _, f := range v.Ours {
+			if !slices.ContainsFunc(l.live.Rules, func(r LiveRules) bool { return r.Family == f && r.Backend == v.Backend }) {
+				l.cannot("%s rules of ours stand in %s, and its save program is not here", f, v.Backend)
+			}
+		}
+	}
+	for _, r := range l.live.Rules {
+		v := tproxy.Variant{Backend: r.Backend}
+		l.jobs = append(l.jobs, job{variant: v, family: r.Family, before: live{r.Set, tproxy.Find(r.Family, r.Set)}})
+	}
+	l.found = installation(l.jobs)
+	for _, j := range l.jobs {
+		if l.found == nil || j.variant.Backend == l.found.Backend || !holds(j.before.Ours) {
+			continue
+		}
+		if _, err := tproxy.ReadRecord(j.before.Ours); err == nil {
+			l.cannot("installs stand in %s and in %s, each with a record, and which of them decides depends on which came first", l.found.Backend, j.variant.Backend)
+		}
+	}
+	return nil
+}
+
+func holds(s rules.Set) bool { return len(s.Bases)+len(s.Chains) > 0 }
+
+// ours is what was found of ours in a family of the variant that holds the install.
+func (l *looker) ours(f rules.Family) live {
+	for _, j := range l.jobs {
+		if j.variant.Backend == l.found.Backend && j.family == f {
+			return j.before
+		}
+	}
+	return live{}
+}
+
+// leftovers are what an install has put beside its rules, where those are gone: a
+// reboot takes them, or a firewall that begins anew.
+func (l *looker) leftovers(ctx context.Context) error {
+	const gone = "an install was here, and its rules are gone"
+	if r, err := l.m.resolvConf(tproxy.DefaultResolvConf, false).InspectRemoval(); err == nil && !r.Nothing() {
+		l.drift(tproxy.Drift{Kind: tproxy.DriftNames, Is: fmt.Sprintf("nameserver %s in %s", r.Address, r.Path), Why: gone})
+	}
+	for _, by := range []tproxy.Split{tproxy.SplitDelegate, tproxy.SplitLink} {
+		c, err := l.splitChange(ctx, by, netip.Addr{})
+		if err == nil && !c.nothing {
+			l.drift(tproxy.Drift{Kind: tproxy.DriftNames, Is: c.undo, Why: gone})
+		}
+	}
+	return ctx.Err()
+}
+
+// plan is what an install of the same configuration would make here now, or nil,
+// with the reason said.
+func (l *looker) plan(ctx context.Context) (*tproxy.Plan, error) {
+	config := *l.Config
+	config.Backend = l.found.Backend
+	host, err := l.probe(ctx, config.Needs())
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, err
+		}
+		l.cannot("what an install would make here now: %v", err)
+		return nil, nil
+	}
+	// What would keep an install from being made is no reason not to look at one.
+	shells, refused := host.RemoteShells, host.Nameserver.Refused
+	host.RemoteShells, host.Nameserver.Refused = nil, ""
+	plan, err := tproxy.Build(config, host)
+	if err != nil {
+		l.cannot("what an install would make here now: %v", err)
+		return nil, nil
+	}
+	if refused != "" && config.DNS.ControlPlane.IsValid() {
+		l.drift(tproxy.Drift{Kind: tproxy.DriftNames, Why: refused})
+	}
+	host.RemoteShells = shells
+	if _, err := tproxy.Build(config, host); err != nil {
+		if e, ok := errors.AsType[*tproxy.RefusedError](err); ok {
+			l.Notes = append(l.Notes, e.Error())
+		}
+	}
+	return plan, nil
+}
+
+// compare compares the rules.
+func (l *looker) compare(plan *tproxy.Plan) {
+	for _, f := range plan.Families {
+		found := l.ours(f)
+		l.Drift = append(l.Drift, plan.Drift(f, found.Ours)...)
+		for _, r := range found.References {
+			l.drift(tproxy.Drift{Kind: tproxy.DriftEntered, Family: f, Table: r.Table, Chain: r.Chain, Index: r.Index, Is: r.Rule.String(), Why: "others lead into a chain of ours"})
+		}
+	}
+	for _, j := range l.jobs {
+		where := j.variant.Backend != l.found.Backend
+		if holds(j.before.Ours) && (where || !slices.Contains(plan.Families, j.family)) {
+			what := "rules of ours in " + j.variant.Backend.String()
+			l.drift(tproxy.Drift{Kind: tproxy.DriftElsewhere, Family: j.family, Is: what, Why: "the install is in " + l.found.Backend.String() + " and has none there"})
+		}
+	}
+}
+
+func (l *looker) address(plan *tproxy.Plan) error {
+	if !slices.Contains(plan.Families, rules.IPv6) {
+		return nil
+	}
+	_, v6 := tproxy.PassthroughAddresses()
+	there, err := l.m.hasAddress(v6)
+	if err != nil {
+		l.cannot("addresses of lo: %v", err)
+		return nil
+	}
+	if !there {
+		l.drift(tproxy.Drift{Kind: tproxy.DriftAddress, Family: rules.IPv6, Was: hostPrefix(v6).String() + " on lo",
+			Why: "the proxy hands inbound connections on from there"})
+	}
+	return nil
+}
+
+// names compares what resolves names of the mesh.
+func (l *looker) names(ctx context.Context, plan *tproxy.Plan) error {
+	put, split := plan.Config.Needs().Nameserver, plan.Host.Nameserver.Split
+	if put != nil && split == tproxy.NoSplit {
+		p, err := l.m.resolvConf(put.Path, put.Shared).Inspect(put.Address)
+		if err == nil && p.How != dns.Unchanged {
+			l.drift(tproxy.Drift{Kind: tproxy.DriftNames, Was: fmt.Sprintf("nameserver %s first in %s", put.Address, put.Path), Why: "somebody changed the file"})
+		}
+	}
+	for _, by := range []tproxy.Split{tproxy.SplitDelegate, tproxy.SplitLink} {
+		var a netip.Addr
+		if put != nil && split == by {
+			a = put.Address
+		}
+		c, err := l.splitChange(ctx, by, a)
+		switch {
+		case err != nil && a.IsValid():
+			l.cannot("names of the mesh: %v", err)
+		case err != nil || c.nothing:
+		case a.IsValid():
+			l.drift(tproxy.Drift{Kind: tproxy.DriftNames, Was: c.do, Why: "systemd-resolved is told otherwise"})
+		default:
+			l.drift(tproxy.Drift{Kind: tproxy.DriftNames, Is: c.undo, Why: "the install has none"})
+		}
+	}
+	return ctx.Err()
+}
+
+// count collects the counters of the rules of ours.
+func (l *looker) count() {
+	for _, f := range l.Families {
+		ours := l.ours(f).Ours
+		each := func(t rules.Table, chain string, list []rules.Rule) {
+			for i, r := range list {
+				if r.Record || tproxy.IsRecord(t, chain) {
+					continue
+				}
+				at := i + 1
+				if r.At > 0 {
+					at = r.At
+				}
+				l.Counters = append(l.Counters, Counter{f, t, chain, at, tproxy.Effect(t, chain, r), r.Why, r.Counter.Packets, r.Counter.Bytes})
+			}
+		}
+		for _, c := range ours.Bases {
+			each(c.Table, string(c.Hook), c.Rules)
+		}
+		for _, c := range ours.Chains {
+			each(c.Table, c.Name, c.Rules)
+		}
+	}
+}
+
+// others looks for rules of others that keep connections from where ours send them,
+// and for filters that keep them from arriving.
+func (l *looker) others(plan *tproxy.Plan) {
+	for _, f := range plan.Families {
+		found := l.ours(f)
+		if !holds(found.Ours) {
+			continue
+		}
+		var sets []rules.Set
+		for _, r := range l.live.Rules {
+			if r.Family == f {
+				sets = append(sets, r.Set)
+			}
+		}
+		x := shadows{family: f, plan: plan, sets: sets, ours: found.Ours, looker: l}
+		x.find()
+		if plan.Config.Inbound.Off {
+			continue
+		}
+		for _, r := range l.live.Rules {
+			if r.Family != f {
+				continue
+			}
+			switch kind, what := inputFilter(f, r.Set, plan.Config.Inbound.Port); {
+			case what == "":
+			case kind == sim.Unknown:
+				l.Notes = append(l.Notes, what)
+			default:
+				l.drift(tproxy.Drift{Kind: tproxy.DriftFiltered, Family: f, Table: rules.Filter, Chain: string(rules.Input), Why: what})
+			}
+		}
+	}
+	for _, h := range l.live.Hidden {
+		if h.Late {
+			l.Notes = append(l.Notes, fmt.Sprintf("%s may filter what is redirected: iptables does not show it", h.What))
+			continue
+		}
+		for _, f := range plan.Families {
+			if h.Meets(f, rules.Prerouting, rules.Output) {
+				l.cannot("%s, which iptables does not show, comes before ours or may", h.What)
+			}
+		}
+	}
+}
