@@ -1,7 +1,7 @@
 // Package cli holds the commands by which a host gets transparent proxying and
-// loses it again, and by which one asks what becomes of a connection: leaves named
-// transparent-proxy, which a cobra program mounts under its own install, uninstall
-// and explain. The program kumactl of this module is
+// loses it again, and by which one asks how it stands and what becomes of a connection:
+// leaves named transparent-proxy, which a cobra program mounts under its own install,
+// uninstall, inspect and explain. The program kumactl of this module is
 // [Root] and nothing else.
 //
 // The commands return their errors and never exit; [ExitCode] turns an error
@@ -38,6 +38,8 @@ type Runner interface {
 	Remove(ctx context.Context, o exec.RemoveOptions) (*exec.Report, error)
 	// Installed reads what is installed, nil where nothing is, and writes nothing.
 	Installed(ctx context.Context) (*exec.Installation, error)
+	// Status compares what is installed with what was, and writes nothing.
+	Status(ctx context.Context) (*exec.Status, error)
 	// Live reads the rules that are there, and the ways to the addresses, and
 	// writes nothing.
 	Live(ctx context.Context, to ...netip.Addr) (exec.Live, error)
@@ -77,8 +79,12 @@ func (o Options) runner(log *slog.Logger) Runner {
 
 // ExitCode is what a program exits with after err: 0 for nil, 2 for bad flags
 // and bad configuration, 1 for everything else, which left the host as it was,
-// and for a verdict that is unknown (*UnknownError).
+// and for a verdict that is unknown (*UnknownError). An inspect's *StateError has codes
+// of its own: 1 drifted, 2 could not tell, 3 not installed.
 func ExitCode(err error) int {
+	if e, ok := errors.AsType[*StateError](err); ok {
+		return e.code()
+	}
 	switch {
 	case err == nil:
 		return 0

@@ -2,6 +2,7 @@ package cli_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -193,6 +194,36 @@ func (f fake) Remove(_ context.Context, o exec.RemoveOptions) (*exec.Report, err
 	return r, nil
 }
 
+// Status is what the variable STATUS says: a state, or nothing of an install.
+func (f fake) Status(ctx context.Context) (*exec.Status, error) {
+	if err := named(os.Getenv("STATUS_ERROR")); err != nil {
+		return nil, err
+	}
+	i, err := f.Installed(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s := &exec.Status{State: exec.State(cmp.Or(os.Getenv("STATUS"), "absent"))}
+	if i != nil {
+		s.Backend, s.Families, s.Version, s.Config = i.Backend, i.Families, i.Record.Version, &i.Config
+		s.Counters = []exec.Counter{
+			{Family: rules.IPv4, Table: rules.NAT, Chain: "PREROUTING", Index: 1, Why: "a jump", Packets: 9, Bytes: 540},
+			{Family: rules.IPv4, Table: rules.NAT, Chain: "KUMA_MESH_INBOUND", Index: 2, Verdict: "in", Why: "inbound goes to the proxy's port 15006", Packets: 7, Bytes: 420},
+			{Family: rules.IPv4, Table: rules.NAT, Chain: "KUMA_MESH_INBOUND", Index: 1, Verdict: "excluded", Why: "SSH is protected", Packets: 2, Bytes: 120},
+		}
+	}
+	switch s.State {
+	case exec.StateDrifted:
+		s.Drift = []tproxy.Drift{
+			{Kind: tproxy.DriftMissing, Family: rules.IPv4, Table: rules.NAT, Chain: "KUMA_MESH_INBOUND", Index: 1, Was: "-p tcp -m tcp --dport 22 -j RETURN", Why: "SSH is protected"},
+			{Kind: tproxy.DriftAddress, Family: rules.IPv6, Was: "::6/128 on lo", Why: "the proxy hands inbound connections on from there"},
+		}
+	case exec.StateUnknown:
+		s.Reasons = []string{"not permitted"}
+	}
+	return s, nil
+}
+
 // Installed is what the variable INSTALLED says: kuma, broken, or a configuration.
 func (f fake) Installed(context.Context) (*exec.Installation, error) {
 	f.log.Debug("installed")
@@ -261,9 +292,11 @@ func foreign(o cli.Options) (root *cobra.Command, out *bytes.Buffer) {
 	install.AddCommand(cli.InstallTransparentProxy(o))
 	uninstall := &cobra.Command{Use: "uninstall"}
 	uninstall.AddCommand(cli.UninstallTransparentProxy(o))
+	inspect := &cobra.Command{Use: "inspect"}
+	inspect.AddCommand(cli.InspectTransparentProxy(o))
 	explain := &cobra.Command{Use: "explain"}
 	explain.AddCommand(cli.ExplainTransparentProxy(o))
-	root.AddCommand(install, uninstall, explain)
+	root.AddCommand(install, uninstall, inspect, explain)
 	out = new(bytes.Buffer)
 	root.SetOut(out)
 	root.SetErr(out)
@@ -276,6 +309,8 @@ type recorder struct {
 	remove *exec.RemoveOptions
 	ctx    context.Context
 }
+
+func (r *recorder) Status(context.Context) (*exec.Status, error) { return &exec.Status{}, nil }
 
 func (r *recorder) Probe(context.Context, tproxy.Needs) (tproxy.Host, error) {
 	return tproxy.Host{}, nil

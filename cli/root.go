@@ -7,8 +7,8 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// Root returns kumactl, the program of this module: install, uninstall and explain
-// with the commands of this package under them, and --version. Another program mounts
+// Root returns kumactl, the program of this module: install, uninstall, inspect
+// and explain with the commands of this package under them, and --version. Another program mounts
 // the commands and does without.
 func Root(o Options) *cobra.Command {
 	root := group("kumactl", "Transparent proxying for Kuma on this host")
@@ -22,7 +22,9 @@ func Root(o Options) *cobra.Command {
 	uninstall.AddCommand(UninstallTransparentProxy(o))
 	explain := group("explain", "Say what becomes of a connection on this host")
 	explain.AddCommand(ExplainTransparentProxy(o))
-	root.AddCommand(install, uninstall, explain)
+	inspect := group("inspect", "Say how what was installed stands")
+	inspect.AddCommand(InspectTransparentProxy(o))
+	root.AddCommand(install, uninstall, inspect, explain)
 	return root
 }
 
