@@ -236,11 +236,12 @@ func busAddresses(a netip.Addr) string {
 	if a.Is6() {
 		family = inet6
 	}
-	out := fmt.Sprintf("1 %d %d", family, a.BitLen()/8)
+	var out strings.Builder
+	out.WriteString(fmt.Sprintf("1 %d %d", family, a.BitLen()/8))
 	for _, b := range a.AsSlice() {
-		out += " " + strconv.Itoa(int(b))
+		out.WriteString(" " + strconv.Itoa(int(b)))
 	}
-	return out
+	return out.String()
 }
 
 // properties are those that settings sets, with the values that it gives them, as

@@ -131,25 +131,25 @@ func unhex(s string) byte {
 // everything is what an install changes; empty tables may stay.
 func (m *fakeMachine) everything(t *testing.T) string {
 	t.Helper()
-	out := ""
+	var out strings.Builder
 	for line := range strings.Lines(m.all()) {
 		if !strings.HasPrefix(line, "*") && !strings.HasPrefix(line, ":") && !strings.HasPrefix(line, "#") && line != "COMMIT\n" {
-			out += line
+			out.WriteString(line)
 		}
 	}
 	err := filepath.WalkDir(m.etc, func(name string, d fs.DirEntry, err error) error {
 		if err == nil && !d.IsDir() {
 			text, _ := os.ReadFile(name)
-			out += name + ": " + string(text) + "\n"
+			out.WriteString(name + ": " + string(text) + "\n")
 		} else if err == nil {
-			out += name + "\n"
+			out.WriteString(name + "\n")
 		}
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return out
+	return out.String()
 }
 
 // The names of the mesh are a step of the plan like any other, by either way: in with
