@@ -237,7 +237,7 @@ func busAddresses(a netip.Addr) string {
 		family = inet6
 	}
 	var out strings.Builder
-	out.WriteString(fmt.Sprintf("1 %d %d", family, a.BitLen()/8))
+	fmt.Fprintf(&out, "1 %d %d", family, a.BitLen()/8)
 	for _, b := range a.AsSlice() {
 		out.WriteString(" " + strconv.Itoa(int(b)))
 	}
