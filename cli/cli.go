@@ -40,6 +40,10 @@ type Runner interface {
 	Installed(ctx context.Context) (*exec.Installation, error)
 	// Status compares what is installed with what was, and writes nothing.
 	Status(ctx context.Context) (*exec.Status, error)
+	// Preflight says what an install of a plan would find, and writes nothing.
+	Preflight(ctx context.Context, p *tproxy.Plan) (*exec.Preflight, error)
+	// Silent says on which of the ports that a plan redirects to nobody listens.
+	Silent(ctx context.Context, p *tproxy.Plan) ([]string, error)
 	// Live reads the rules that are there, and the ways to the addresses, and
 	// writes nothing.
 	Live(ctx context.Context, to ...netip.Addr) (exec.Live, error)

@@ -194,6 +194,34 @@ func (f fake) Remove(_ context.Context, o exec.RemoveOptions) (*exec.Report, err
 	return r, nil
 }
 
+// Preflight finds what the variables FOUND and SILENT say.
+func (f fake) Preflight(ctx context.Context, p *tproxy.Plan) (*exec.Preflight, error) {
+	if err := named(os.Getenv("PREFLIGHT")); err != nil {
+		return nil, err
+	}
+	if os.Getenv("FOUND") == "" {
+		return nil, exec.ErrUnsupported
+	}
+	status, err := f.Status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	silent, _ := f.Silent(ctx, p)
+	return &exec.Preflight{
+		Status: status, Silent: silent,
+		Hindered: []tproxy.Drift{{Kind: tproxy.DriftShadowed, Family: rules.IPv4, Table: rules.NAT, Chain: "OUTPUT", Index: 1, Is: "-p tcp -m tcp --dport 443 -j ACCEPT", Why: "a packet"}},
+		Captured: []exec.Connection{{Local: netip.MustParseAddrPort("10.0.0.2:40000"), Remote: netip.MustParseAddrPort("10.0.0.9:6514"), PID: 71, Program: "rsyslogd"}},
+		Ways:     []tproxy.RemoteShell{{Port: 22, Why: "sshd, process 4711, listens on it"}},
+	}, nil
+}
+
+func (fake) Silent(context.Context, *tproxy.Plan) ([]string, error) {
+	if s := os.Getenv("SILENT"); s != "" {
+		return []string{s}, nil
+	}
+	return nil, nil
+}
+
 // Status is what the variable STATUS says: a state, or nothing of an install.
 func (f fake) Status(ctx context.Context) (*exec.Status, error) {
 	if err := named(os.Getenv("STATUS_ERROR")); err != nil {
@@ -309,6 +337,12 @@ type recorder struct {
 	remove *exec.RemoveOptions
 	ctx    context.Context
 }
+
+func (r *recorder) Preflight(context.Context, *tproxy.Plan) (*exec.Preflight, error) {
+	return nil, exec.ErrUnsupported
+}
+
+func (r *recorder) Silent(context.Context, *tproxy.Plan) ([]string, error) { return nil, nil }
 
 func (r *recorder) Status(context.Context) (*exec.Status, error) { return &exec.Status{}, nil }
 

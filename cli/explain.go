@@ -88,7 +88,7 @@ type question struct {
 
 // notOfConfig are the flags of install that say nothing of the rules, and the
 // user, who is also asked for with live rules.
-var notOfConfig = []string{"kuma-dp-user", "kuma-dp-uid", "wait", "wait-interval", "max-retries", "sleep-between-retries", "dry-run", "output", "verbose"}
+var notOfConfig = []string{"kuma-dp-user", "kuma-dp-uid", "wait", "wait-interval", "max-retries", "sleep-between-retries", "dry-run", "require-proxy", "output", "verbose"}
 
 func (p *parser) question() (q question) {
 	q.protocol = []rules.Protocol{rules.TCP, rules.UDP}[p.oneOf("protocol", "tcp", "udp")]

@@ -132,19 +132,12 @@ type counterJSON struct {
 
 func statusOf(s *exec.Status) statusJSON {
 	out := statusJSON{State: string(s.State), Families: []string{}, Version: s.Version, Config: s.Config,
-		Drift: []driftJSON{}, Reasons: distinct(s.Reasons), Notes: distinct(s.Notes)}
+		Drift: driftsOf(s.Drift), Reasons: distinct(s.Reasons), Notes: distinct(s.Notes)}
 	if s.Backend != tproxy.Auto {
 		out.Backend = s.Backend.String()
 	}
 	for _, f := range s.Families {
 		out.Families = append(out.Families, f.String())
-	}
-	for _, d := range s.Drift {
-		j := driftJSON{Kind: string(d.Kind), Table: string(d.Table), Chain: d.Chain, Index: d.Index, Was: d.Was, Is: d.Is, Why: d.Why}
-		if d.Family != 0 {
-			j.Family = d.Family.String()
-		}
-		out.Drift = append(out.Drift, j)
 	}
 	out.Counters = sums(s)
 	return out

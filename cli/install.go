@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -91,7 +92,26 @@ func install(cmd *cobra.Command, args []string, o Options) error {
 		if err != nil {
 			return explain(cmd, err)
 		}
-		return r.printPlan(cmd.OutOrStdout(), plan, before)
+		found, err := runner.Preflight(cmd.Context(), plan)
+		if err != nil && !unseen(err) {
+			return explain(cmd, err)
+		}
+		if err := r.printPlan(cmd.OutOrStdout(), plan, before, found); err != nil {
+			return err
+		}
+		if found != nil {
+			return r.proxyListens(found.Silent)
+		}
+		return nil
+	}
+	if r.requireProxy {
+		silent, err := runner.Silent(cmd.Context(), plan)
+		if err == nil {
+			err = r.proxyListens(silent)
+		}
+		if err != nil {
+			return explain(cmd, err)
+		}
 	}
 	report, err := runner.Apply(cmd.Context(), plan)
 	if err != nil {
@@ -99,6 +119,14 @@ func install(cmd *cobra.Command, args []string, o Options) error {
 	}
 	unsaid(cmd, r.printInstalled(cmd.OutOrStdout(), plan, report))
 	return nil
+}
+
+// proxyListens is the refusal of --require-proxy.
+func (r request) proxyListens(silent []string) error {
+	if !r.requireProxy || len(silent) == 0 {
+		return nil
+	}
+	return fmt.Errorf("--require-proxy: nothing was changed\n  %s\n  start the proxy first, or leave out --require-proxy", strings.Join(silent, "\n  "))
 }
 
 // unknownUser adds to the faults of a command line that the proxy's user does

@@ -61,7 +61,9 @@ func installFlags() []flagGroup {
 			{"persist", "none", "`how` the rules come back after a reboot: none is the only way so far"},
 			{"disable-comments", "false", "leave the reason out of each rule"},
 		}, lockFlags()...)},
-		{"This run", runFlags()},
+		{"This run", append([]flag{
+			{"require-proxy", "false", "refuse while nothing listens on a port of the proxy that is redirected to"},
+		}, runFlags()...)},
 	}
 }
 
@@ -148,6 +150,7 @@ type request struct {
 	run
 	config         tproxy.Config
 	modifyIPTables bool
+	requireProxy   bool
 	// modeChosen is whether somebody chose the IP family mode, so that the
 	// Dataplane should say it too.
 	modeChosen bool
@@ -162,7 +165,7 @@ func (p *parser) request(cmd *cobra.Command, o Options) (request, error) {
 		return request{}, explain(cmd, err)
 	}
 	loaded := p.load(Loader{AllowUnknown: o.AllowUnknown, Environ: os.Environ(), Stdin: cmd.InOrStdin(), base: base}, p.each("config"))
-	r := request{run: p.run(loaded.Settings), config: loaded.Config, modifyIPTables: p.bool("modify-iptables"), version: o.Version}
+	r := request{run: p.run(loaded.Settings), config: loaded.Config, modifyIPTables: p.bool("modify-iptables"), requireProxy: p.bool("require-proxy"), version: o.Version}
 	c := &r.config
 	set(p, "kuma-dp-user", &c.ProxyUser, func(name string) string {
 		c.ProxyUIDs = nil

@@ -21,6 +21,9 @@ type dryRunJSON struct {
 	Steps    []stepJSON    `json:"steps"`
 	Scripts  scriptsJSON   `json:"scripts"`
 	Notes    []string      `json:"notes"`
+
+	// Preflight is null where this machine cannot be looked at.
+	Preflight *preflightJSON `json:"preflight"`
 }
 
 type stepJSON struct {

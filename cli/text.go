@@ -75,9 +75,11 @@ func (r request) nothing(cmd *cobra.Command) error {
 // printPlan prints what an install would do to what is there, with the scripts ready for
 // iptables-restore --noflush: from "### IPv4 ###", or "### IPv6 ###", up to the
 // next such line or the end.
-func (r request) printPlan(w io.Writer, plan *tproxy.Plan, before *exec.Installation) error {
+func (r request) printPlan(w io.Writer, plan *tproxy.Plan, before *exec.Installation, found *exec.Preflight) error {
 	if r.format != asText {
-		return r.writeDocument(w, planJSON(plan, before))
+		out := planJSON(plan, before)
+		out.Preflight = preflightOf(found)
+		return r.writeDocument(w, out)
 	}
 	var head, p page
 	head.linef("dry run: nothing was changed")
@@ -88,6 +90,7 @@ func (r request) printPlan(w io.Writer, plan *tproxy.Plan, before *exec.Installa
 	head.former(before, plan.Config, r.version)
 	head.decisions(plan)
 	head.notes(plan.Notes)
+	head.preflight(found)
 	head.linef("the scripts are those of a fresh install, for iptables-restore --noflush")
 	p.commented(head.Bytes())
 	for _, f := range plan.Families {

@@ -83,6 +83,13 @@ func (r *Runner) Status(ctx context.Context) (*Status, error) {
 	if err := l.look(ctx); err != nil {
 		return nil, err
 	}
+	l.conclude()
+	return l.Status, ctx.Err()
+}
+
+// conclude says what it comes to. What is known to have drifted has, whatever else
+// cannot be told.
+func (l *looker) conclude() {
 	switch {
 	case len(l.Drift) > 0:
 		l.State = StateDrifted
@@ -93,7 +100,6 @@ func (r *Runner) Status(ctx context.Context) (*Status, error) {
 	default:
 		l.State = StateInstalled
 	}
-	return l.Status, ctx.Err()
 }
 
 // looker fills a Status.
@@ -359,23 +365,7 @@ func (l *looker) others(plan *tproxy.Plan) {
 				sets = append(sets, r.Set)
 			}
 		}
-		x := shadows{family: f, plan: plan, sets: sets, ours: found.Ours, looker: l}
-		x.find()
-		if plan.Config.Inbound.Off {
-			continue
-		}
-		for _, r := range l.live.Rules {
-			if r.Family != f {
-				continue
-			}
-			switch kind, what := inputFilter(f, r.Set, plan.Config.Inbound.Port); {
-			case what == "":
-			case kind == sim.Unknown:
-				l.Notes = append(l.Notes, what)
-			default:
-				l.drift(tproxy.Drift{Kind: tproxy.DriftFiltered, Family: f, Table: rules.Filter, Chain: string(rules.Input), Why: what})
-			}
-		}
+		l.hindered(plan, f, sets, found.Ours)
 	}
 	for _, h := range l.live.Hidden {
 		if h.Late {
@@ -386,6 +376,25 @@ func (l *looker) others(plan *tproxy.Plan) {
 			if h.Meets(f, rules.Prerouting, rules.Output) {
 				l.cannot("%s, which iptables does not show, comes before ours or may", h.What)
 			}
+		}
+	}
+}
+
+// hindered looks in the rules of everybody in a family, ours among them, for what keeps
+// connections from where ours send them.
+func (l *looker) hindered(plan *tproxy.Plan, f rules.Family, sets []rules.Set, ours rules.Set) {
+	x := shadows{family: f, plan: plan, sets: slices.Clone(sets), ours: ours, looker: l}
+	x.find()
+	if plan.Config.Inbound.Off {
+		return
+	}
+	for _, s := range sets {
+		switch kind, what := inputFilter(f, s, plan.Config.Inbound.Port); {
+		case what == "":
+		case kind == sim.Unknown:
+			l.Notes = append(l.Notes, what)
+		default:
+			l.drift(tproxy.Drift{Kind: tproxy.DriftFiltered, Family: f, Table: rules.Filter, Chain: string(rules.Input), Why: what})
 		}
 	}
 }
