@@ -40,6 +40,8 @@ type Runner interface {
 	Installed(ctx context.Context) (*exec.Installation, error)
 	// Status compares what is installed with what was, and writes nothing.
 	Status(ctx context.Context) (*exec.Status, error)
+	// Watch is Status again and again, whenever it is another than before.
+	Watch(ctx context.Context, o exec.WatchOptions, each func(*exec.Status) error) error
 	// Preflight says what an install of a plan would find, and writes nothing.
 	Preflight(ctx context.Context, p *tproxy.Plan) (*exec.Preflight, error)
 	// Silent says on which of the ports that a plan redirects to nobody listens.

@@ -194,6 +194,18 @@ func (f fake) Remove(_ context.Context, o exec.RemoveOptions) (*exec.Report, err
 	return r, nil
 }
 
+// Watch sees two states, and is interrupted then.
+func (f fake) Watch(ctx context.Context, _ exec.WatchOptions, each func(*exec.Status) error) error {
+	s, err := f.Status(ctx)
+	if err == nil {
+		err = each(s)
+	}
+	if err == nil {
+		err = each(&exec.Status{State: exec.StateInstalled})
+	}
+	return err
+}
+
 // Preflight finds what the variables FOUND and SILENT say.
 func (f fake) Preflight(ctx context.Context, p *tproxy.Plan) (*exec.Preflight, error) {
 	if err := named(os.Getenv("PREFLIGHT")); err != nil {
@@ -343,6 +355,10 @@ func (r *recorder) Preflight(context.Context, *tproxy.Plan) (*exec.Preflight, er
 }
 
 func (r *recorder) Silent(context.Context, *tproxy.Plan) ([]string, error) { return nil, nil }
+
+func (r *recorder) Watch(context.Context, exec.WatchOptions, func(*exec.Status) error) error {
+	return nil
+}
 
 func (r *recorder) Status(context.Context) (*exec.Status, error) { return &exec.Status{}, nil }
 

@@ -3,6 +3,7 @@ package cli
 import (
 	"io"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -19,10 +20,12 @@ first, the host's packet filter, ::6 on lo, and what resolves names of the mesh.
 Nothing is changed. It takes root: without, it says what it could not see.
 
 Exit codes: 0 as installed, 1 drifted, 2 could not tell, or bad flags, 3 not
-installed. To put right what drifted, install again with --reuse-config.`
+installed. To put right what drifted, install again with --reuse-config. With --watch
+it is the last state, when it is interrupted.`
 
 const inspectExample = `  kumactl inspect transparent-proxy
-  kumactl inspect transparent-proxy --output json | jq .state`
+  kumactl inspect transparent-proxy --output json | jq .state
+  kumactl inspect transparent-proxy --watch`
 
 // InspectTransparentProxy returns the command transparent-proxy that says how an
 // install stands, for mounting under an inspect command.
@@ -39,7 +42,8 @@ func InspectTransparentProxy(o Options) *cobra.Command {
 		},
 	}
 	addFlags(cmd, []flagGroup{{"This run", []flag{
-		{"output", "text", "`format`: text, json or yaml"},
+		{"watch", "false", "go on, and print again whenever something but the counters changes"},
+		{"output", "text", "`format`: text, json, yaml, or prometheus for the node exporter's textfile collector"},
 		{"verbose", "false", "log every step to standard error"},
 	}}})
 	return cmd
@@ -65,24 +69,42 @@ func (e *StateError) code() int {
 
 func inspect(cmd *cobra.Command, args []string, o Options) error {
 	p := newParser(cmd, args)
-	r := p.run(tproxy.Settings{})
+	print := map[string]func(io.Writer, *exec.Status) error{
+		"text": printStatus, "prometheus": printMetrics,
+		"json": func(w io.Writer, s *exec.Status) error { return run{format: asJSON}.writeDocument(w, statusOf(s)) },
+		"yaml": func(w io.Writer, s *exec.Status) error { return run{format: asYAML}.writeDocument(w, statusOf(s)) },
+	}[[]string{"text", "json", "yaml", "prometheus"}[p.oneOf("output", "text", "json", "yaml", "prometheus")]]
+	verbose, watch := p.bool("verbose"), p.bool("watch")
 	if err := p.err(); err != nil {
 		return err
 	}
-	status, err := o.runner(logger(cmd, r.Verbose)).Status(cmd.Context())
+	runner := o.runner(logger(cmd, verbose))
+	var status *exec.Status
+	var err error
+	if watch {
+		err = runner.Watch(cmd.Context(), exec.WatchOptions{}, func(s *exec.Status) error {
+			status = s
+			if p.text("output") == "text" {
+				if err := write(cmd.OutOrStdout(), []byte("--- "+time.Now().Format(time.RFC3339)+"\n")); err != nil {
+					return err
+				}
+			}
+			return print(cmd.OutOrStdout(), s)
+		})
+	} else if status, err = runner.Status(cmd.Context()); err == nil {
+		err = print(cmd.OutOrStdout(), status)
+	}
 	if err != nil {
 		return explain(cmd, err)
 	}
-	if r.format != asText {
-		err = r.writeDocument(cmd.OutOrStdout(), statusOf(status))
-	} else {
-		err = printStatus(cmd.OutOrStdout(), status)
+	if status == nil {
+		return cmd.Context().Err()
 	}
-	if err == nil && status.State != exec.StateInstalled {
+	if status.State != exec.StateInstalled {
 		cmd.SilenceErrors = true
 		return &StateError{status.State}
 	}
-	return err
+	return nil
 }
 
 // statusJSON is what inspect --output json prints.

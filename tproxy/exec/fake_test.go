@@ -47,6 +47,8 @@ type fakeMachine struct {
 	dead        bool   // nothing more can be written
 	etc         string // a folder of the real machine for what stands in /etc; empty is none
 	unanswered  error
+	changed     func() // of the monitor, while somebody listens
+	deaf        error  // the monitor's
 	// resolved, if not nil, is a host whose resolv.conf systemd-resolved manages; init
 	// is the network namespace of its process 1.
 	resolved dns.View
@@ -350,6 +352,11 @@ func (m *fakeMachine) glob(patterns ...string) (out []string) {
 	}
 	slices.Sort(out)
 	return out
+}
+
+func (m *fakeMachine) monitor(changed func()) (func(), error) {
+	m.changed = changed
+	return func() { m.changed = nil }, m.deaf
 }
 
 func (m *fakeMachine) environ(key string) string { return m.env[key] }

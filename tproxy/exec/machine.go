@@ -100,6 +100,9 @@ type machine interface {
 	delMeshLink(kernel.Link) (bool, error)
 	// ask sends a DNS query to a server and waits a moment for any answer.
 	ask(server netip.Addr) error
+	// monitor calls changed when rules, interfaces or addresses change, until stop. It
+	// hears nothing of iptables-legacy.
+	monitor(changed func()) (stop func(), err error)
 	environ(key string) string
 	privileged() error
 	procs() procfs.FS
@@ -423,6 +426,15 @@ func (system) ask(server netip.Addr) error {
 			return nil
 		}
 	}
+}
+
+func (system) monitor(changed func()) (stop func(), err error) {
+	m, err := kernel.OpenMonitor()
+	if err != nil {
+		return nil, err
+	}
+	m.Watch(changed)
+	return m.Close, nil
 }
 
 func (system) environ(key string) string { return os.Getenv(key) }

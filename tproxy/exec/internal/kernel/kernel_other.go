@@ -54,6 +54,18 @@ func DelLoopbackAddress(netip.Prefix) (removed bool, err error) { return false, 
 // HasLoopbackAddress is for Linux.
 func HasLoopbackAddress(netip.Addr) (bool, error) { return false, errors.ErrUnsupported }
 
+// Monitor is for Linux.
+type Monitor struct{}
+
+// OpenMonitor is for Linux.
+func OpenMonitor() (*Monitor, error) { return nil, errors.ErrUnsupported }
+
+// Watch is for Linux.
+func (m *Monitor) Watch(func()) {}
+
+// Close is for Linux.
+func (m *Monitor) Close() {}
+
 // FindLink is for Linux.
 func FindLink(name string) (Link, bool, error) { return Link{}, false, errors.ErrUnsupported }
 
