@@ -69,6 +69,9 @@ func (s *session) delegate(a netip.Addr) (namesChange, error) {
 				return err
 			}
 			err := s.reloadResolved(ctx)
+			if !a.IsValid() && errors.Is(err, ErrUnsupported) {
+				return nil // without systemctl there is no systemd that would read it
+			}
 			if err != nil {
 				err = errors.Join(err, m.Undo(c))
 				_ = s.reloadResolved(context.WithoutCancel(ctx)) // what failed once, and was said

@@ -323,6 +323,26 @@ func TestReloadFails(t *testing.T) {
 	}
 }
 
+// Where systemd is gone since, an uninstall takes the file out all the same.
+func TestUninstallWithoutSystemd(t *testing.T) {
+	m := newFakeMachine(t)
+	m.withSystemd(t, 258)
+	before := m.everything(t)
+	m.installNames(t, withNames)
+	m.missing["systemctl"] = true
+	m.uninstall(t)
+	if now := m.everything(t); now != before {
+		t.Errorf("afterwards\n%s\nbefore\n%s", now, before)
+	}
+	p, err := m.probed(t, withNames)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := (&Runner{machine: m}).Apply(context.Background(), p); !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "systemctl") {
+		t.Errorf("an install: %v", err)
+	}
+}
+
 // Where it cannot be, nothing is changed and the reason is said.
 func TestSplitNamesAreRefused(t *testing.T) {
 	for name, test := range map[string]struct {
