@@ -96,16 +96,18 @@ func TestFirewalldAcceptsWhatWasTranslated(t *testing.T) {
 	closed("closed by its zone", 8080)
 }
 
-// A container of the real dockerd, with either variant of iptables. It takes programs
-// that installing would start on the machine: they are not asked for.
+// A container of the real dockerd, with either variant of iptables.
 func TestDockersResolverOfDockerd(t *testing.T) {
-	runtimeSuite(t, "dnsmasq", "ip")
-	for _, p := range []string{"docker", "dockerd", "containerd", "runc"} {
-		if _, err := osexec.LookPath(p); err != nil {
-			t.Skip(err)
-		}
-	}
+	runtimeSuite(t, "dnsmasq", "ip", "docker", "dockerd", "containerd", "runc")
 	eachVariant(t, func(w *world) {
+		// Control groups are the machine's, whatever the namespaces: these are ours.
+		parent := fmt.Sprintf("/kuma-tproxy-%d", os.Getpid())
+		w.Cleanup(func() {
+			groups, _ := filepath.Glob("/sys/fs/cgroup/*" + parent)
+			for _, g := range append(groups, "/sys/fs/cgroup"+parent) {
+				_ = syscall.Rmdir(g)
+			}
+		})
 		bin, dir := w.TempDir(), w.TempDir()
 		w.Cleanup(func() { _ = syscall.Unmount(filepath.Join(dir, "docker"), syscall.MNT_DETACH) }) // dockerd mounts it over itself
 		for _, f := range rules.Families() {
@@ -123,7 +125,7 @@ func TestDockersResolverOfDockerd(t *testing.T) {
 		w.start("containerd", "--root", filepath.Join(dir, "containerd"), "--state", filepath.Join(dir, "state"), "--address", socket)
 		w.until(func() bool { _, err := os.Stat(socket); return err == nil })
 		w.start("dockerd", "--containerd", socket, "--data-root", filepath.Join(dir, "docker"), "--exec-root", filepath.Join(dir, "exec"),
-			"--pidfile", filepath.Join(dir, "pid"), "-H", os.Getenv("DOCKER_HOST"), "--storage-driver", "vfs")
+			"--pidfile", filepath.Join(dir, "pid"), "-H", os.Getenv("DOCKER_HOST"), "--storage-driver", "vfs", "--cgroup-parent", parent)
 		w.until(func() bool { return osexec.Command("docker", "version").Run() == nil })
 		// The programs are the machine's.
 		w.on("", "sh", "-c", "mkdir "+dir+"/image && cd "+dir+"/image && mkdir etc && ln -s usr/bin usr/lib usr/lib64 . && tar c . | docker import - image")
