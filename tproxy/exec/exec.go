@@ -66,6 +66,9 @@ type Report struct {
 	Retries int
 	// Processes is how many processes were started.
 	Processes int
+	// Trial is what has to be confirmed now, for Try; nil where nothing was changed, and
+	// so nothing can be put back.
+	Trial *Trial
 	// Notes is what the operator should know now: who does not listen yet, what
 	// the host's own packet filter does to a redirected connection.
 	Notes []string

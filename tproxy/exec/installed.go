@@ -35,7 +35,7 @@ func (r *Runner) Installed(ctx context.Context) (*Installation, error) {
 		return nil, err
 	}
 	t := &transaction{session: s, report: &Report{}, dryRun: true}
-	jobs, err := t.removals(s.variants(ctx), func(tproxy.Backend, rules.Family) bool { return true })
+	jobs, err := t.removals(s.variants(ctx), everywhere)
 	if err != nil {
 		return nil, err
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
 // session is one call of a Runner.
@@ -22,6 +23,8 @@ type session struct {
 	lock               *os.File // what children inherit, while it is held
 	wait, waitInterval time.Duration
 	processes, retries int
+
+	former map[place]rules.Set // to which the way back leads
 
 	// How often a failure that passes is tried again, and after how long.
 	maxRetries int
