@@ -124,6 +124,8 @@ type trialFile struct {
 	Deadline time.Duration `json:"deadline"` // of CLOCK_BOOTTIME
 	Began    time.Time     `json:"began"`
 	By       string        `json:"by,omitempty"`
+	// Armed is whether the watch is there. It is written before the first change.
+	Armed bool `json:"armed"`
 }
 
 type lastFile struct {
@@ -253,6 +255,9 @@ func (s *session) settle(ctx context.Context) (notes []string, err error) {
 		}
 		return []string{last.outcome().String()}, nil
 	}
+	if !f.Armed { // by a run that was killed before it had changed anything
+		return nil, s.removeState(trialKind, beforeKind)
+	}
 	t, err := s.describe(f)
 	if err != nil {
 		return nil, err
@@ -359,6 +364,7 @@ func (s *session) startTrial(ctx context.Context, before *Snapshot, o TrialOptio
 	if f.By, err = o.Watch(ctx, t); err != nil {
 		return nil, err
 	}
+	f.Armed = true
 	return f, s.writeState(trialKind, f)
 }
 
@@ -388,7 +394,7 @@ func (r *Runner) Confirm(ctx context.Context, o ConfirmOptions) (Trial, error) {
 	if err != nil {
 		return Trial{}, err
 	}
-	if f == nil {
+	if f == nil || !f.Armed {
 		last, err := s.last()
 		if err != nil {
 			return Trial{}, err
@@ -424,7 +430,7 @@ func (r *Runner) Trial(context.Context) (*Trial, *TrialOutcome, error) {
 		return nil, nil, err
 	}
 	last, err := s.last()
-	if f == nil || err != nil {
+	if f == nil || !f.Armed || err != nil {
 		return nil, last.outcome(), err
 	}
 	t, err := s.describe(f)
@@ -531,6 +537,9 @@ func (s *session) overdue(ctx context.Context, f *trialFile, leaveNames bool) (*
 	left, err := s.left(now)
 	if err != nil || left > 0 && ctx.Err() == nil {
 		return nil, err
+	}
+	if !now.Armed {
+		return nil, s.removeState(trialKind, beforeKind)
 	}
 	return s.giveUp(context.WithoutCancel(ctx), now, leaveNames)
 }

@@ -320,6 +320,42 @@ func TestTrialThatNobodyWatches(t *testing.T) {
 	m.unchanged(t, tried)
 }
 
+// Killed between the state and the watch, nothing was changed, and nothing waits.
+func TestTrialThatWasNeverArmed(t *testing.T) {
+	m := newFakeMachine(t)
+	m.populate(t)
+	before := m.state()
+	id := ""
+	try := func() error {
+		_, err := (&Runner{machine: m}).Try(context.Background(), m.plan(t, candidate), TrialOptions{Within: MaxTrial, Watch: func(_ context.Context, tr Trial) (string, error) {
+			id, m.dead = tr.ID, true
+			return "a test", nil
+		}})
+		m.dead = false
+		return err
+	}
+	if err := try(); !errors.Is(err, errKilled) || len(m.kept) != 2 {
+		t.Fatalf("%v, %v", err, m.kept)
+	}
+	m.unchanged(t, before)
+	if tr, _, err := (&Runner{machine: m}).Trial(context.Background()); tr != nil || err != nil {
+		t.Errorf("%+v, %v", tr, err)
+	}
+	if _, err := (&Runner{machine: m}).Confirm(context.Background(), ConfirmOptions{}); err == nil {
+		t.Error("it was confirmed")
+	}
+	m.clock = MaxTrial + 1
+	if o, err := m.watchOver(id); o != nil || err != nil || len(m.kept) > 0 {
+		t.Errorf("%+v, %v, %v", o, err, m.kept)
+	}
+	if err := try(); !errors.Is(err, errKilled) {
+		t.Fatal(err)
+	}
+	if r := m.install(t, standing); !r.Changed || len(m.kept) > 0 {
+		t.Errorf("%+v, %v", r, m.kept)
+	}
+}
+
 // A reboot takes the rules: what is left of a trial then is nothing.
 func TestTrialOfAnotherBoot(t *testing.T) {
 	m := newFakeMachine(t)
