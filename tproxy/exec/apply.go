@@ -376,7 +376,7 @@ func (t *transaction) first(ctx context.Context) error {
 	if t.begin == nil || t.begun {
 		return nil
 	}
-	before, err := t.snapshot(ctx, t.jobs)
+	before, err := t.snapshot(ctx)
 	if err != nil {
 		return err
 	}

@@ -125,34 +125,18 @@ func (s *Snapshot) UnmarshalJSON(text []byte) error {
 // Snapshot reads what is ours in this network namespace. It writes nothing, and needs
 // root: without, the error is ErrNotRoot.
 func (r *Runner) Snapshot(ctx context.Context) (*Snapshot, error) {
-	s, err := r.session()
+	t, err := r.look(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.m.privileged(); err != nil {
-		return nil, err
-	}
-	t := &transaction{session: s, report: &Report{}, dryRun: true, resolvConf: tproxy.DefaultResolvConf}
-	jobs, err := t.removals(s.variants(ctx), everywhere)
-	if err != nil {
-		return nil, err
-	}
-	for i := range jobs {
-		if jobs[i].before, err = t.save(ctx, jobs[i].variant, jobs[i].family); err != nil {
-			return nil, err
-		}
-	}
-	t.report.Before = installation(jobs)
-	return t.snapshot(ctx, jobs)
+	return t.snapshot(ctx)
 }
 
-func everywhere(tproxy.Backend, rules.Family) bool { return true }
-
-// snapshot is what stands there, of which the jobs have been read.
-func (t *transaction) snapshot(ctx context.Context, jobs []job) (*Snapshot, error) {
+// snapshot is what stands there, as the jobs have read it.
+func (t *transaction) snapshot(ctx context.Context) (*Snapshot, error) {
 	out := &Snapshot{}
 	address := false
-	for _, j := range jobs {
+	for _, j := range t.jobs {
 		if len(j.before.Ours.Bases)+len(j.before.Ours.Chains) == 0 {
 			continue
 		}

@@ -29,14 +29,21 @@ var tool = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
+	defer os.RemoveAll(dir)
 	path := filepath.Join(dir, "kumactl")
 	build := osexec.Command("go", "build", "-trimpath", "-o", path, "./cli/cmd/kumactl")
 	build.Dir, build.Env = "../..", append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("%w: %s", err, out)
 	}
-	return path, nil
+	if toolFile, err = os.Open(path); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), toolFile.Fd()), nil
 })
+
+// toolFile is the program as a file that goes with this process.
+var toolFile *os.File
 
 // within is how long the trials of these tests last: the least that there is.
 const within = exec.MinTrial
