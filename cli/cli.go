@@ -34,6 +34,15 @@ type Runner interface {
 	Probe(ctx context.Context, n tproxy.Needs) (tproxy.Host, error)
 	// Apply carries out a plan, whole or not at all.
 	Apply(ctx context.Context, p *tproxy.Plan) (*exec.Report, error)
+	// Try is Apply for a while: unless it is confirmed, the former state is put back.
+	Try(ctx context.Context, p *tproxy.Plan, o exec.TrialOptions) (*exec.Report, error)
+	// Confirm makes an install that waits final.
+	Confirm(ctx context.Context, o exec.ConfirmOptions) (exec.Trial, error)
+	// Trial returns the install that waits, nil where none does, and how the last one
+	// ended; it writes nothing.
+	Trial(ctx context.Context) (*exec.Trial, *exec.TrialOutcome, error)
+	// WatchTrial puts the former state back unless the install is confirmed.
+	WatchTrial(ctx context.Context, id string, ready func() error) (*exec.TrialOutcome, error)
 	// Remove takes out whatever an install left, whoever made it.
 	Remove(ctx context.Context, o exec.RemoveOptions) (*exec.Report, error)
 	// Installed reads what is installed, nil where nothing is, and writes nothing.
@@ -121,7 +130,10 @@ func (e *usageError) Error() string {
 // explain adds to an error of the Runner what a user of cmd can do about it.
 func explain(cmd *cobra.Command, err error) error {
 	_, step := errors.AsType[*exec.ApplyError](err) // says itself what to do
+	_, pending := errors.AsType[*exec.PendingError](err)
 	switch {
+	case pending:
+		return fmt.Errorf("%w\n  to keep it: %s confirm; otherwise wait, or uninstall, which takes everything out at once", err, cmd.CommandPath())
 	case errors.Is(err, exec.ErrNotRoot):
 		return fmt.Errorf("%w\n  run it as root: sudo %s", err, cmd.CommandPath())
 	case errors.Is(err, exec.ErrUnsupported) && !step:

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"github.com/spf13/cobra"
@@ -155,6 +156,9 @@ func (f fake) Probe(_ context.Context, n tproxy.Needs) (tproxy.Host, error) {
 
 func (f fake) Apply(_ context.Context, p *tproxy.Plan) (*exec.Report, error) {
 	f.log.Debug("apply", "wait", p.Config.Wait, "interval", p.Config.WaitInterval)
+	if t, _ := f.trial(); t != nil {
+		return nil, &exec.PendingError{Trial: *t}
+	}
 	if err := named(os.Getenv("APPLY")); err != nil {
 		return nil, err
 	}
@@ -171,6 +175,57 @@ func (f fake) Apply(_ context.Context, p *tproxy.Plan) (*exec.Report, error) {
 	var err error
 	r.Before, err = f.Installed(context.Background())
 	return r, err
+}
+
+// What waits, or how the last one ended, is in the variable TRIAL.
+func (f fake) trial() (*exec.Trial, *exec.TrialOutcome) {
+	t := &exec.Trial{ID: "1a2b3c4d", Within: time.Minute, Left: 41500 * time.Millisecond, Began: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), By: "process 7", Watched: true, PID: 7}
+	last := &exec.TrialOutcome{ID: "0", At: t.Began}
+	switch os.Getenv("TRIAL") {
+	case "":
+		return nil, nil
+	case "unwatched":
+		t.Watched, t.PID = false, 0
+	case "over":
+		t.Left = -time.Second
+	case "confirmed":
+		last.Confirmed = true
+		return nil, last
+	case "put back":
+		last.PutBack, last.Steps = true, []string{"IPv4 rules"}
+		return nil, last
+	}
+	return t, nil
+}
+
+func (f fake) Try(ctx context.Context, p *tproxy.Plan, o exec.TrialOptions) (*exec.Report, error) {
+	f.log.Debug("try", "within", o.Within)
+	r, err := f.Apply(ctx, p)
+	if err == nil && r.Changed {
+		r.Trial = &exec.Trial{ID: "1a2b3c4d", Within: o.Within, Left: o.Within, By: "process 7", Watched: true}
+	}
+	return r, err
+}
+
+func (f fake) Confirm(_ context.Context, o exec.ConfirmOptions) (exec.Trial, error) {
+	f.log.Debug("confirm", "wait", o.Wait)
+	t, last := f.trial()
+	if t == nil {
+		return exec.Trial{}, &exec.NoTrialError{Last: last}
+	}
+	return *t, nil
+}
+
+func (f fake) Trial(context.Context) (*exec.Trial, *exec.TrialOutcome, error) {
+	if err := named(os.Getenv("LOOK")); err != nil {
+		return nil, nil, err
+	}
+	t, last := f.trial()
+	return t, last, nil
+}
+
+func (f fake) WatchTrial(context.Context, string, func() error) (*exec.TrialOutcome, error) {
+	return nil, errors.New("not on a fake machine")
 }
 
 func (f fake) Remove(_ context.Context, o exec.RemoveOptions) (*exec.Report, error) {
@@ -369,6 +424,22 @@ func (r *recorder) Probe(context.Context, tproxy.Needs) (tproxy.Host, error) {
 func (r *recorder) Apply(ctx context.Context, p *tproxy.Plan) (*exec.Report, error) {
 	r.plan, r.ctx = p, ctx
 	return &exec.Report{Changed: true, Backend: p.Backend}, nil
+}
+
+func (r *recorder) Try(ctx context.Context, p *tproxy.Plan, _ exec.TrialOptions) (*exec.Report, error) {
+	return r.Apply(ctx, p)
+}
+
+func (r *recorder) Confirm(context.Context, exec.ConfirmOptions) (exec.Trial, error) {
+	return exec.Trial{}, nil
+}
+
+func (r *recorder) Trial(context.Context) (*exec.Trial, *exec.TrialOutcome, error) {
+	return nil, nil, nil
+}
+
+func (r *recorder) WatchTrial(context.Context, string, func() error) (*exec.TrialOutcome, error) {
+	return nil, nil
 }
 
 func (r *recorder) Remove(ctx context.Context, o exec.RemoveOptions) (*exec.Report, error) {

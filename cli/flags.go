@@ -83,6 +83,14 @@ func addFlags(cmd *cobra.Command, groups []flagGroup) {
 		if cmd.Example != "" {
 			fmt.Fprintf(&b, "\nExamples:\n%s\n", cmd.Example)
 		}
+		for i, c := range cmd.Commands() {
+			if i == 0 {
+				b.WriteString("\nCommands:\n")
+			}
+			if c.IsAvailableCommand() {
+				fmt.Fprintf(&b, "  %-12s %s\n", c.Name(), c.Short)
+			}
+		}
 		for i, g := range groups {
 			fmt.Fprintf(&b, "\n%s:\n%s", g.title, sets[i].FlagUsages())
 		}

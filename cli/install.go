@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"slices"
 	"strings"
 
@@ -34,11 +35,17 @@ those of Kuma; flags of its earlier versions say what to use instead.
 Installing the same again changes nothing; another configuration replaces the rules
 in one step, whichever version installed them, Kuma's own too, and what differs is
 printed. --reuse-config begins with what is installed, so that an upgrade keeps each
-exclusion. The uninstall command of the same name puts the host back as it was.`
+exclusion. The uninstall command of the same name puts the host back as it was.
+
+--confirm-within 60s puts the former state back by itself, unless the command confirm
+below this one is given in that time: even if you have cut yourself off, this session
+is gone, or this process was killed.`
 
 const installExample = `  kumactl install transparent-proxy --kuma-dp-user kuma-dp
   kumactl install transparent-proxy --exclude-inbound-ports 2222,9100 --redirect-dns
   kumactl install transparent-proxy --reuse-config --redirect-dns
+  kumactl install transparent-proxy --confirm-within 60s
+  kumactl install transparent-proxy confirm
   kumactl install transparent-proxy --config base.yaml,custom.yaml --dry-run`
 
 // InstallTransparentProxy returns the command transparent-proxy that redirects a
@@ -57,6 +64,7 @@ func InstallTransparentProxy(o Options) *cobra.Command {
 	}
 	addFlags(cmd, installFlags())
 	addHidden(cmd, hiddenFlags())
+	cmd.AddCommand(confirmCommand(o), watchCommand(o))
 	return cmd
 }
 
@@ -92,6 +100,11 @@ func install(cmd *cobra.Command, args []string, o Options) error {
 		if err != nil {
 			return explain(cmd, err)
 		}
+		notes, err := r.trialNotes(cmd, runner)
+		if err != nil {
+			return explain(cmd, err)
+		}
+		plan.Notes = append(plan.Notes, notes...)
 		found, err := runner.Preflight(cmd.Context(), plan)
 		if err != nil && !unseen(err) {
 			return explain(cmd, err)
@@ -113,7 +126,7 @@ func install(cmd *cobra.Command, args []string, o Options) error {
 			return explain(cmd, err)
 		}
 	}
-	report, err := runner.Apply(cmd.Context(), plan)
+	report, err := r.apply(cmd, runner, log, plan)
 	if err != nil {
 		return explain(cmd, err)
 	}
@@ -127,6 +140,18 @@ func (r request) proxyListens(silent []string) error {
 		return nil
 	}
 	return fmt.Errorf("--require-proxy: nothing was changed\n  %s\n  start the proxy first, or leave out --require-proxy", strings.Join(silent, "\n  "))
+}
+
+// apply carries the plan out, for good or on trial.
+func (r request) apply(cmd *cobra.Command, runner Runner, log *slog.Logger, plan *tproxy.Plan) (*exec.Report, error) {
+	if r.within == 0 {
+		return runner.Apply(cmd.Context(), plan)
+	}
+	report, err := runner.Try(cmd.Context(), plan, exec.TrialOptions{Within: r.within, Watch: watcher(cmd, log)})
+	if err == nil && report.Trial == nil {
+		report.Notes = append(report.Notes, "nothing to confirm: everything was in place already")
+	}
+	return report, err
 }
 
 // unknownUser adds to the faults of a command line that the proxy's user does

@@ -63,6 +63,7 @@ func installFlags() []flagGroup {
 		}, lockFlags()...)},
 		{"This run", append([]flag{
 			{"require-proxy", "false", "refuse while nothing listens on a port of the proxy that is redirected to"},
+			{"confirm-within", "", "`duration`, 5s to 24h, after which the former state is put back, unless the command confirm was given"},
 		}, runFlags()...)},
 	}
 }
@@ -92,10 +93,14 @@ type run struct {
 
 // run reads the flags of a run over the settings of files and the environment.
 func (p *parser) run(s tproxy.Settings) run {
-	r := run{s, []format{asText, asJSON, asYAML}[p.oneOf("output", "text", "json", "yaml")]}
+	r := run{s, p.format()}
 	set(p, "dry-run", &r.DryRun, p.bool)
 	set(p, "verbose", &r.Verbose, p.bool)
 	return r
+}
+
+func (p *parser) format() format {
+	return []format{asText, asJSON, asYAML}[p.oneOf("output", "text", "json", "yaml")]
 }
 
 // set sets a field to the value of a flag, where the flag is given.
@@ -154,7 +159,9 @@ type request struct {
 	// modeChosen is whether somebody chose the IP family mode, so that the
 	// Dataplane should say it too.
 	modeChosen bool
-	version    string // of the program, where it says one
+	version    string        // of the program, where it says one
+	within     time.Duration // in which the install has to be confirmed; 0 is final at once
+	path       string        // of the command
 }
 
 // request reads the configuration and the flags of install over it, and says the notes
@@ -165,7 +172,7 @@ func (p *parser) request(cmd *cobra.Command, o Options) (request, error) {
 		return request{}, explain(cmd, err)
 	}
 	loaded := p.load(Loader{AllowUnknown: o.AllowUnknown, Environ: os.Environ(), Stdin: cmd.InOrStdin(), base: base}, p.each("config"))
-	r := request{run: p.run(loaded.Settings), config: loaded.Config, modifyIPTables: p.bool("modify-iptables"), requireProxy: p.bool("require-proxy"), version: o.Version}
+	r := request{run: p.run(loaded.Settings), config: loaded.Config, modifyIPTables: p.bool("modify-iptables"), requireProxy: p.bool("require-proxy"), version: o.Version, within: p.trial(), path: cmd.CommandPath()}
 	c := &r.config
 	set(p, "kuma-dp-user", &c.ProxyUser, func(name string) string {
 		c.ProxyUIDs = nil

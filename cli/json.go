@@ -67,6 +67,7 @@ type installJSON struct {
 	Steps     []string      `json:"steps"`             // those that did something
 	Dataplane *dataplane    `json:"transparentProxying,omitempty"`
 	User      string        `json:"user,omitempty"` // that kuma-dp must run as
+	Trial     *trialJSON    `json:"trial,omitempty"`
 	Retries   int           `json:"retries"`
 	Notes     []string      `json:"notes"`
 }
@@ -114,6 +115,7 @@ func (r request) installJSON(plan *tproxy.Plan, report *exec.Report) installJSON
 		Steps:     distinct(report.Steps),
 		Dataplane: &d,
 		User:      proxyUser(plan),
+		Trial:     trialOf(report.Trial),
 		Retries:   report.Retries,
 		Notes:     distinct(plan.Notes, report.Notes),
 	}

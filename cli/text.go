@@ -60,6 +60,9 @@ func (p *page) script(f rules.Family, script []byte) {
 // nothing else yet.
 func (r request) nothing(cmd *cobra.Command) error {
 	note := "nothing to do: --modify-iptables=false leaves iptables alone, and there is nothing else to modify"
+	if r.within > 0 {
+		note += ", or to confirm"
+	}
 	if r.format != asText {
 		return r.writeDocument(cmd.OutOrStdout(), installJSON{DryRun: r.DryRun, Families: []familyJSON{}, Config: r.config, Steps: []string{}, Notes: []string{note}})
 	}
@@ -119,6 +122,7 @@ func (r request) printInstalled(w io.Writer, plan *tproxy.Plan, report *exec.Rep
 	p.notes(plan.Notes, report.Notes)
 	p.dataplane(r.dataplane(plan))
 	p.kumaDP(plan)
+	p.trial(report.Trial, r.path)
 	p.linef("%s", installed)
 	return write(w, p.Bytes())
 }

@@ -143,6 +143,12 @@ func (m *Machine) Close() {
 	<-m.ended
 }
 
+// Kill ends the machine as a power cut does.
+func (m *Machine) Kill() {
+	_ = syscall.Kill(m.leader, syscall.SIGKILL)
+	<-m.ended
+}
+
 // last is the end of a long output.
 func last(out []byte) []byte {
 	out = bytes.TrimSpace(out)

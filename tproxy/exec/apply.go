@@ -28,9 +28,16 @@ const maxTries = 10
 // patience, a lock that is held for good takes a restore (MaxRetries+1) * Wait +
 // MaxRetries * SleepBetweenRetries, 33 s by default, and an undo as long.
 //
+// While an install waits for its confirmation (see Try), the error is a *PendingError.
+//
 // The context is looked at between steps only: a cancelled Apply is undone,
 // never left half.
 func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
+	return r.apply(ctx, p, nil)
+}
+
+// apply is Apply, or with a trial Try.
+func (r *Runner) apply(ctx context.Context, p *tproxy.Plan, try *TrialOptions) (*Report, error) {
 	s, err := r.session()
 	if err != nil {
 		return nil, err
@@ -42,10 +49,28 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 	t := &transaction{session: s, report: &Report{Backend: p.Backend, Why: p.BackendWhy}, bare: p.Config.DisableComments,
 		put: p.Config.Needs().Nameserver, split: p.Host.Nameserver.Split, resolvConf: tproxy.DefaultResolvConf}
 	t.tryOut = func() error { return t.tryQueries(p) }
-	err = t.execute(ctx, slices.Contains(p.Families, rules.IPv6), func() ([]job, error) { return t.applyJobs(p) })
+	unlock, err := s.locked(ctx)
 	if err != nil {
 		return nil, err
 	}
+	defer unlock()
+	notes, err := s.settle(ctx)
+	if err != nil {
+		return nil, err
+	}
+	run := func() error {
+		return t.underLock(ctx, slices.Contains(p.Families, rules.IPv6), func() ([]job, error) { return t.applyJobs(p) })
+	}
+	if try == nil {
+		err = run()
+	} else {
+		err = t.try(ctx, *try, run)
+	}
+	if err != nil {
+		return nil, err
+	}
+	s.told()
+	t.report.Notes = append(t.report.Notes, notes...)
 	t.report.Notes = append(t.report.Notes, t.kuma("replaced")...)
 	t.report.Notes = append(t.report.Notes, t.listening(p)...)
 	t.report.Notes = append(t.report.Notes, t.filters(p)...)
@@ -60,6 +85,9 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 // (tproxy.Find): chains by their names, jumps by their exact rule, the address ::6
 // if the record says that we made it, or Kuma's installer did. What is not ours
 // stays as it is. With nothing of ours there, nothing is written.
+//
+// An install that waits for its confirmation (see Try) goes like any other, and with it
+// its former state: nothing is put back any more.
 //
 // Connections that are redirected live on only where o.Drain lets them, or where
 // rules of others hold conntrack; Report.Cut counts those that do not. A context that
@@ -78,10 +106,20 @@ func (r *Runner) Remove(ctx context.Context, o RemoveOptions) (*Report, error) {
 	}
 	t := &transaction{session: s, report: &Report{}, dryRun: o.DryRun, removes: true, drainFor: o.Drain,
 		resolvConf: cmp.Or(o.ResolvConf, tproxy.DefaultResolvConf)}
-	err = t.execute(ctx, false, func() ([]job, error) {
-		return t.removals(s.variants(ctx), func(tproxy.Backend, rules.Family) bool { return true })
+	if !o.DryRun {
+		unlock, err := s.locked(ctx)
+		if err != nil {
+			return nil, err
+		}
+		defer unlock()
+	}
+	err = t.underLock(ctx, false, func() ([]job, error) {
+		return t.removals(s.variants(ctx), everywhere)
 	})
 	if err != nil {
+		return nil, err
+	}
+	if err := t.endTrial(o.DryRun); err != nil {
 		return nil, err
 	}
 	if t.drained != nil {
@@ -107,6 +145,13 @@ type job struct {
 }
 
 func nothing(tproxy.Record) rules.Set { return rules.Set{} }
+
+// addressOurs reports whether what stood there says that ::6 is ours, or Kuma's.
+func (j *job) addressOurs() bool {
+	was, _ := tproxy.ReadRecord(j.before.Ours) // of one that cannot be read, what could be
+	// Kuma's installer adds ::6 wherever it has rules for IPv6, and leaves it.
+	return was.PassthroughAddressOurs || len(j.before.Kuma) > 0 && j.family == rules.IPv6
+}
 
 // applyJobs are a plan's rules, and behind them the removal of what is ours
 // elsewhere. What that is, is read again under the lock: another run may have
@@ -182,7 +227,13 @@ type transaction struct {
 
 	tryOut func() error // what was written, before it counts; nil is not to
 
-	removes  bool // everything goes
+	removes    bool // everything goes
+	leaveNames bool
+
+	// begin, if set, is called once, before the first change, with what was there.
+	begin func(*Snapshot) error
+	begun bool
+
 	drainFor time.Duration
 	drained  []FamilyReport // what a drain took out
 }
@@ -193,18 +244,20 @@ type undo struct {
 	run  func(context.Context) (did bool, err error)
 }
 
-// execute finds the jobs and does them, under the lock: what is there is read
-// when nobody else of us can change it any more, and all of it before anything
-// is written.
-func (t *transaction) execute(ctx context.Context, ipv6 bool, find func() ([]job, error)) error {
-	if !t.dryRun {
-		l, err := t.m.lock(ctx, t.wait)
-		if err != nil {
-			return err
-		}
-		t.lock = l.file
-		defer l.unlock()
+// locked takes the lock, for the children too.
+func (s *session) locked(ctx context.Context) (unlock func(), err error) {
+	l, err := s.m.lock(ctx, s.wait)
+	if err != nil {
+		return nil, err
 	}
+	s.lock = l.file
+	return func() { s.lock = nil; l.unlock() }, nil
+}
+
+// underLock finds the jobs and does them, for who has the lock: what is there is read
+// when nobody else of us can change it any more, and all of it before anything
+// is written. A dry run needs no lock.
+func (t *transaction) underLock(ctx context.Context, ipv6 bool, find func() ([]job, error)) error {
 	jobs, err := find()
 	if err != nil {
 		return err
@@ -219,17 +272,15 @@ func (t *transaction) execute(ctx context.Context, ipv6 bool, find func() ([]job
 			return err
 		}
 		jobs[i].before = l
-		was, _ := tproxy.ReadRecord(l.Ours) // of one that cannot be read, what could be
-		rec.PassthroughAddressOurs = rec.PassthroughAddressOurs || was.PassthroughAddressOurs
+		was, _ := tproxy.ReadRecord(l.Ours)
 		rec.Bare = rec.Bare || t.bare && was.Bare // there were no comments then either
-		if len(l.Kuma) > 0 && jobs[i].family == rules.IPv6 {
-			// Kuma's installer adds ::6 wherever it has rules for IPv6, and leaves it.
-			rec.PassthroughAddressOurs = true
-		}
+		rec.PassthroughAddressOurs = rec.PassthroughAddressOurs || jobs[i].addressOurs()
 	}
 	t.jobs, t.report.Before = jobs, installation(jobs)
-	if err := t.lookAtNames(ctx); err != nil {
-		return err
+	if !t.leaveNames {
+		if err := t.lookAtNames(ctx); err != nil {
+			return err
+		}
 	}
 	if err = t.drain(ctx, jobs, rec); err != nil {
 		return t.rollback(ctx, err)
@@ -249,7 +300,7 @@ func (t *transaction) execute(ctx context.Context, ipv6 bool, find func() ([]job
 	if err == nil && t.tryOut != nil {
 		err = t.tryOut()
 	}
-	if err == nil {
+	if err == nil && !t.leaveNames {
 		err = t.writeNames(ctx)
 	}
 	if err != nil {
@@ -308,7 +359,7 @@ func (t *transaction) write(ctx context.Context, jobs []job, rec tproxy.Record, 
 		}
 	}
 	if drop {
-		if err := t.removeAddress(address); err != nil {
+		if err := t.removeAddress(ctx, address); err != nil {
 			return err
 		}
 	}
@@ -321,12 +372,28 @@ func (t *transaction) write(ctx context.Context, jobs []job, rec tproxy.Record, 
 		}
 	}
 	if ipv6 && !there {
-		return t.addAddress(address)
+		return t.addAddress(ctx, address)
 	}
 	return nil
 }
 
-func (t *transaction) addAddress(a tproxy.AddAddress) error {
+// first is called before each change, and tells whoever waits for the first one.
+func (t *transaction) first(ctx context.Context) error {
+	if t.begin == nil || t.begun {
+		return nil
+	}
+	before, err := t.snapshot(ctx)
+	if err != nil {
+		return err
+	}
+	t.begun = true
+	return t.begin(before)
+}
+
+func (t *transaction) addAddress(ctx context.Context, a tproxy.AddAddress) error {
+	if err := t.first(ctx); err != nil {
+		return err
+	}
 	added, err := t.m.addAddress(a.Prefix)
 	if err != nil {
 		return &ApplyError{Step: a.String(), Family: rules.IPv6, Err: err,
@@ -338,7 +405,7 @@ func (t *transaction) addAddress(a tproxy.AddAddress) error {
 	return nil
 }
 
-func (t *transaction) removeAddress(a tproxy.AddAddress) error {
+func (t *transaction) removeAddress(ctx context.Context, a tproxy.AddAddress) error {
 	if t.dryRun {
 		there, err := t.m.hasAddress(a.Prefix.Addr())
 		if err != nil {
@@ -348,6 +415,9 @@ func (t *transaction) removeAddress(a tproxy.AddAddress) error {
 			t.report.Steps = append(t.report.Steps, a.Undo())
 		}
 		return nil
+	}
+	if err := t.first(ctx); err != nil {
+		return err
 	}
 	removed, err := t.m.delAddress(a.Prefix)
 	if err != nil {
@@ -392,6 +462,9 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 			t.report.Steps = append(t.report.Steps, j.step)
 			t.report.Families = append(t.report.Families, fr)
 			return nil
+		}
+		if err := t.first(ctx); err != nil {
+			return err
 		}
 		if try == 1 {
 			// Also for a try that fails: of two tables it may have changed one.

@@ -1,6 +1,7 @@
 // Package exec carries out what tproxy plans: it observes the machine
-// ([Runner.Probe]), puts a plan's rules in place ([Runner.Apply]) and takes them
-// out again ([Runner.Remove]). It is the only writer of rules.
+// ([Runner.Probe]), puts a plan's rules in place ([Runner.Apply]), or for a while
+// ([Runner.Try]), and takes them out again ([Runner.Remove]). It is the only writer of
+// rules.
 //
 // Everything happens in the network namespace of the calling thread: a caller
 // that has locked its goroutine to a thread and entered another namespace there
@@ -66,6 +67,9 @@ type Report struct {
 	Retries int
 	// Processes is how many processes were started.
 	Processes int
+	// Trial is what has to be confirmed now, for Try; nil where nothing was changed, and
+	// so nothing can be put back.
+	Trial *Trial
 	// Notes is what the operator should know now: who does not listen yet, what
 	// the host's own packet filter does to a redirected connection.
 	Notes []string

@@ -58,6 +58,13 @@ type fakeMachine struct {
 	lastLink uint32
 	onLock   func() // what happens while we wait for the lock
 
+	kept      map[string]string // the state of trials
+	stateErr  error             // of writing it
+	booted    string
+	clock     time.Duration // since boot
+	onUptime  func()
+	unwatched bool
+
 	commands []command
 	writes   int // restores that were started, addresses changed
 	// onRun, if set, is called before each process and may answer in its place.
@@ -319,6 +326,50 @@ func (m *fakeMachine) lock(context.Context, time.Duration) (lock, error) {
 	}
 	return lock{unlock: func() {}}, nil
 }
+
+func (m *fakeMachine) readState(name string) ([]byte, error) {
+	text, ok := m.kept[name]
+	if !ok {
+		return nil, fs.ErrNotExist
+	}
+	return []byte(text), nil
+}
+
+func (m *fakeMachine) writeState(name string, text []byte) error {
+	if m.dead {
+		return errKilled
+	}
+	if m.stateErr != nil {
+		return m.stateErr
+	}
+	if m.kept == nil {
+		m.kept = map[string]string{}
+	}
+	m.kept[name] = string(text)
+	return nil
+}
+
+func (m *fakeMachine) removeState(name string) error {
+	if m.dead {
+		return errKilled
+	}
+	delete(m.kept, name)
+	return nil
+}
+
+func (m *fakeMachine) network() (string, error) { return "net-1", nil }
+func (m *fakeMachine) boot() (string, error)    { return "boot " + m.booted, nil }
+
+func (m *fakeMachine) uptime() (time.Duration, error) {
+	if m.onUptime != nil {
+		m.onUptime()
+	}
+	return m.clock, nil
+}
+
+func (m *fakeMachine) watch(context.Context) (func(), error) { return func() {}, nil }
+
+func (m *fakeMachine) watched() (int, bool) { return 43, !m.unwatched }
 
 func (m *fakeMachine) lockHolder() (int, string, bool) { return 42, "kube-proxy", true }
 

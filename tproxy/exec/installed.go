@@ -27,6 +27,15 @@ type Installation struct {
 // ours or of Kuma's is. It writes nothing, and needs root: without, the error is
 // ErrNotRoot.
 func (r *Runner) Installed(ctx context.Context) (*Installation, error) {
+	t, err := r.look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return t.report.Before, nil
+}
+
+// look is a transaction that has read whatever is ours, and is to write nothing.
+func (r *Runner) look(ctx context.Context) (*transaction, error) {
 	s, err := r.session()
 	if err != nil {
 		return nil, err
@@ -34,18 +43,21 @@ func (r *Runner) Installed(ctx context.Context) (*Installation, error) {
 	if err := s.m.privileged(); err != nil {
 		return nil, err
 	}
-	t := &transaction{session: s, report: &Report{}, dryRun: true}
-	jobs, err := t.removals(s.variants(ctx), func(tproxy.Backend, rules.Family) bool { return true })
-	if err != nil {
+	t := &transaction{session: s, report: &Report{}, dryRun: true, resolvConf: tproxy.DefaultResolvConf}
+	if t.jobs, err = t.removals(s.variants(ctx), everywhere); err != nil {
 		return nil, err
 	}
-	for i := range jobs {
-		if jobs[i].before, err = t.save(ctx, jobs[i].variant, jobs[i].family); err != nil {
+	for i := range t.jobs {
+		if t.jobs[i].before, err = t.save(ctx, t.jobs[i].variant, t.jobs[i].family); err != nil {
 			return nil, err
 		}
 	}
-	return installation(jobs), nil
+	t.report.Before = installation(t.jobs)
+	return t, nil
 }
+
+// everywhere is where an uninstall takes rules out.
+func everywhere(tproxy.Backend, rules.Family) bool { return true }
 
 // installation is what was read of an install; of two, in both variants, the one that
 // has a record.

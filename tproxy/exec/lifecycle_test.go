@@ -117,6 +117,41 @@ func (l *lifecycle) killedRemoval(t *rapid.T) {
 	l.m.stop, l.m.dead = nil, false
 }
 
+// wayBack takes a snapshot, installs, perhaps killed in it, and restores, perhaps killed
+// in that too, until it is done: what is ours is then as it was.
+func (l *lifecycle) wayBack(t *rapid.T) {
+	r := Runner{machine: l.m}
+	s, err := r.Snapshot(context.Background())
+	if err != nil {
+		t.Fatalf("Snapshot: %v", err)
+	}
+	address := l.m.addresses[passthrough6]
+	was := map[place]rules.Set{}
+	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+		for _, f := range rules.Families() {
+			was[place{b, f}] = l.ours(t, b, f)
+		}
+	}
+	l.killed(t)
+	n := rapid.IntRange(0, 6).Draw(t, "commits of the way back")
+	l.m.stop = func(rules.Table) bool { n--; l.m.dead = n < 0; return l.m.dead }
+	if _, err := r.Restore(context.Background(), s, RestoreOptions{}); err != nil && !l.m.dead {
+		t.Fatalf("Restore: %v", err)
+	}
+	l.m.stop, l.m.dead = nil, false
+	if _, err := r.Restore(context.Background(), s, RestoreOptions{}); err != nil {
+		t.Fatalf("Restore: %v", err)
+	}
+	for at, want := range was {
+		if d := rules.Compare(at.family, l.ours(t, at.backend, at.family), want); len(d) > 0 {
+			t.Fatalf("after Restore, %s %s departs from what it was: %v", at.backend, at.family, d)
+		}
+	}
+	if l.m.addresses[passthrough6] != address {
+		t.Fatalf("after Restore, ::6 is there: %v, and was %v", l.m.addresses[passthrough6], address)
+	}
+}
+
 func (l *lifecycle) edit(t *rapid.T) {
 	p := rapid.SampledFrom(prefixes).Draw(t, "variant")
 	chain := rapid.SampledFrom([]string{"PREROUTING", "OUTPUT", "POSTROUTING"}).Draw(t, "chain")
@@ -178,11 +213,13 @@ func TestLifecycle(t *testing.T) {
 			"kill":   untouched(l.killed),
 			"kill2":  untouched(l.killedRemoval),
 			"edit":   untouched(l.edit),
+			"back":   untouched(l.wayBack),
 
 			"apply while others write":  untouched(l.beset(l.apply)),
 			"remove while others write": untouched(l.beset(l.remove)),
 			"kill while others write":   untouched(l.beset(l.killed)),
 			"kill2 while others write":  untouched(l.beset(l.killedRemoval)),
+			"back while others write":   untouched(l.beset(l.wayBack)),
 		})
 		l.remove(t)
 	})

@@ -84,6 +84,24 @@ type machine interface {
 	lock(ctx context.Context, wait time.Duration) (lock, error)
 	lockHolder() (pid int, comm string, ok bool)
 
+	// readState, writeState and removeState are about small files that only root can
+	// read, and that go with a reboot. One that is not there is fs.ErrNotExist to read,
+	// and nothing to remove. writeState writes all of it or nothing.
+	readState(name string) ([]byte, error)
+	writeState(name string, text []byte) error
+	removeState(name string) error
+	// network and boot identify the network namespace and the time since the kernel
+	// started; network can stand in a file's name.
+	network() (string, error)
+	boot() (string, error)
+	// uptime is CLOCK_BOOTTIME (clock_gettime(2)): nobody can set it, and it goes on
+	// while the machine is suspended.
+	uptime() (time.Duration, error)
+	// watch says to watched that somebody watches over a trial in this network
+	// namespace, until release or the end of the process.
+	watch(ctx context.Context) (release func(), err error)
+	watched() (pid int, ok bool)
+
 	userByName(name string) (uid uint32, ok bool)
 	userByID(uid uint32) (name string, ok bool)
 	readFile(path string) ([]byte, error)
@@ -293,7 +311,7 @@ func (system) lock(ctx context.Context, wait time.Duration) (lock, error) {
 	h, err := kernel.LockWait(ctx, lockName, 0)
 	held, taken := errors.AsType[*kernel.HeldError](err)
 	if taken {
-		if uid, known := ownerOf(held.PID); known && uid != 0 && uid != uint32(os.Geteuid()) {
+		if !privilegedHolder(held.PID) {
 			// Anybody may bind an abstract socket: somebody without our rights
 			// must not be able to keep us from working.
 			return lock{unlock: func() {}}, nil

@@ -49,14 +49,9 @@ type removal struct {
 // lookAtNames finds, before anything is written, the files that hold a nameserver of
 // ours that goes, and whether one can go in.
 func (t *transaction) lookAtNames(ctx context.Context) error {
-	put, paths := t.put, []string{t.resolvConf}
-	shared := put != nil && put.Shared
-	if before := t.report.Before; before != nil && before.Unknown == nil {
-		if n := before.Config.Needs().Nameserver; n != nil {
-			paths = append(paths, n.Path)
-			shared = shared || n.Shared
-		}
-	}
+	put := t.put
+	paths, shared := t.namesPaths()
+	shared = shared || put != nil && put.Shared
 	if err := t.lookAtSplit(ctx); err != nil {
 		return err
 	}
@@ -66,8 +61,7 @@ func (t *transaction) lookAtNames(ctx context.Context) error {
 			return &ApplyError{Step: put.String(), Err: err, Remedy: leaveFile}
 		}
 	}
-	slices.Sort(paths)
-	for _, p := range slices.Compact(paths) {
+	for _, p := range paths {
 		if put != nil && t.split == tproxy.NoSplit && p == put.Path {
 			continue
 		}
@@ -91,10 +85,24 @@ func (s *session) splitChange(ctx context.Context, by tproxy.Split, a netip.Addr
 	if by == tproxy.SplitLink {
 		return s.meshLink(ctx, a)
 	}
-	if m := s.m.resolvConf(dns.DelegatePath, false); dns.MayWrite(dns.DelegatePath, m.Env.Mounts, m.Namespaces) != nil {
+	if !s.delegateHere() {
 		return namesChange{nothing: true}, nil
 	}
 	return s.delegate(a)
+}
+
+// namesPaths are the files that may hold a nameserver of ours, and whether the record
+// says that they may be the host's, in another network namespace.
+func (t *transaction) namesPaths() (paths []string, shared bool) {
+	paths = []string{t.resolvConf}
+	if before := t.report.Before; before != nil && before.Unknown == nil {
+		if n := before.Config.Needs().Nameserver; n != nil {
+			paths = append(paths, n.Path)
+			shared = n.Shared
+		}
+	}
+	slices.Sort(paths)
+	return slices.Compact(paths), shared
 }
 
 // lookAtSplit finds what is to be done to systemd-resolved: what it is told goes in,
@@ -121,6 +129,13 @@ func (t *transaction) lookAtSplit(ctx context.Context) error {
 	return nil
 }
 
+// delegateHere reports whether the file of ours that systemd-resolved reads is not that
+// of another network namespace.
+func (s *session) delegateHere() bool {
+	m := s.m.resolvConf(dns.DelegatePath, false)
+	return dns.MayWrite(dns.DelegatePath, m.Env.Mounts, m.Namespaces) == nil
+}
+
 // writeSplit does to systemd-resolved what lookAtSplit found.
 func (t *transaction) writeSplit(ctx context.Context) error {
 	for _, c := range t.names {
@@ -130,6 +145,9 @@ func (t *transaction) writeSplit(ctx context.Context) error {
 		if t.dryRun {
 			t.report.Steps = append(t.report.Steps, c.do)
 			continue
+		}
+		if err := t.first(ctx); err != nil {
+			return err
 		}
 		if err := c.run(ctx); err != nil {
 			return &ApplyError{Step: c.do, Err: err}
@@ -148,6 +166,9 @@ func (t *transaction) writeNames(ctx context.Context) error {
 		if t.dryRun {
 			t.report.Steps = append(t.report.Steps, d.String())
 			continue
+		}
+		if err := t.first(ctx); err != nil {
+			return err
 		}
 		r, err := d.Remove()
 		if err != nil {
@@ -168,6 +189,11 @@ func (t *transaction) writeNames(ctx context.Context) error {
 	}
 	if err := ctx.Err(); err != nil {
 		return err
+	}
+	if plan, err := t.into.Inspect(put.Address); err != nil || plan.How != dns.Unchanged {
+		if err := t.first(ctx); err != nil {
+			return err
+		}
 	}
 	done, err := t.into.Install(put.Address)
 	if err != nil {

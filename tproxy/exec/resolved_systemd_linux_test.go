@@ -162,11 +162,9 @@ func (d *debian) others(tag string) time.Duration {
 func TestSystemdResolvedAsksForTheMeshAlone(t *testing.T) {
 	systemdSuite(t)
 	netlab.Require(t, "dnsmasq")
-	tool := filepath.Join(t.TempDir(), "kumactl")
-	build := osexec.Command("go", "build", "-trimpath", "-o", tool, "./cli/cmd/kumactl")
-	build.Dir, build.Env = "../..", append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+	tool, err := tool()
+	if err != nil {
+		t.Fatal(err)
 	}
 	for _, suite := range []struct {
 		name string

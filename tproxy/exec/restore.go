@@ -19,7 +19,8 @@ import (
 
 // live is what iptables-save said of a family.
 type live struct {
-	all rules.Set
+	text []byte
+	all  rules.Set
 	tproxy.Found
 }
 
@@ -60,7 +61,47 @@ func (s *session) save(ctx context.Context, v tproxy.Variant, f rules.Family) (l
 	if err != nil {
 		return live{}, &ApplyError{Step: step, Family: f, Program: path, Err: err}
 	}
-	return live{all, tproxy.Find(f, all)}, nil
+	l := live{text, all, tproxy.Find(f, all)}
+	l.add(f, s.former[place{v.Backend, f}])
+	return l, nil
+}
+
+// place is where rules stand.
+type place struct {
+	backend tproxy.Backend
+	family  rules.Family
+}
+
+// add counts among what is ours what was ours in a former state. Some rules of Kuma's
+// are known by what stands around them (tproxy.Find), and on the way back to them there
+// is a moment, between two tables, in which nothing does.
+func (l *live) add(f rules.Family, former rules.Set) {
+	if len(former.Bases)+len(former.Chains) == 0 {
+		return
+	}
+	more, _ := l.all.Ours(f, former)
+	for _, c := range more.Chains {
+		if _, known := l.Ours.Chain(c.Table, c.Name); !known {
+			l.Ours.Chains = append(l.Ours.Chains, c)
+		}
+	}
+	for _, c := range more.Bases {
+		i := slices.IndexFunc(l.Ours.Bases, func(b rules.BaseChain) bool { return b.Table == c.Table && b.Hook == c.Hook })
+		if i < 0 {
+			i = len(l.Ours.Bases)
+			l.Ours.Bases = append(l.Ours.Bases, rules.BaseChain{Table: c.Table, Hook: c.Hook, Place: c.Place})
+		}
+		b := &l.Ours.Bases[i]
+		for _, r := range c.Rules {
+			if !slices.ContainsFunc(b.Rules, func(q rules.Rule) bool { return q.At == r.At }) {
+				b.Rules = append(b.Rules, r)
+			}
+		}
+		slices.SortFunc(b.Rules, func(p, q rules.Rule) int { return p.At - q.At })
+		l.References = slices.DeleteFunc(l.References, func(r rules.Reference) bool {
+			return r.Table == c.Table && r.Chain == string(c.Hook) && slices.ContainsFunc(b.Rules, func(q rules.Rule) bool { return q.At == r.Index })
+		})
+	}
 }
 
 // incompatible reports whether iptables-nft-save passed over a table.

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
 // session is one call of a Runner.
@@ -23,6 +24,8 @@ type session struct {
 	wait, waitInterval time.Duration
 	processes, retries int
 	counters           bool // whether rules are read with what they have counted
+
+	former map[place]rules.Set // to which the way back leads
 
 	// How often a failure that passes is tried again, and after how long.
 	maxRetries int

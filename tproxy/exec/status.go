@@ -188,7 +188,7 @@ func (l *looker) read(ctx context.Context) error {
 	}
 	for _, r := range l.live.Rules {
 		v := tproxy.Variant{Backend: r.Backend}
-		l.jobs = append(l.jobs, job{variant: v, family: r.Family, before: live{r.Set, tproxy.Find(r.Family, r.Set)}})
+		l.jobs = append(l.jobs, job{variant: v, family: r.Family, before: live{all: r.Set, Found: tproxy.Find(r.Family, r.Set)}})
 	}
 	l.found = installation(l.jobs)
 	for _, j := range l.jobs {

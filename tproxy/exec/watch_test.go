@@ -11,8 +11,8 @@ import (
 	"github.com/kumahq/kuma-tproxy/tproxy"
 )
 
-// watched runs Watch on the machine; what it saw is asked for when everything waits.
-func (m *fakeMachine) watched(t *testing.T, o WatchOptions) (seen func() []string, end func()) {
+// seenBy runs Watch on the machine; what it saw is asked for when everything waits.
+func (m *fakeMachine) seenBy(t *testing.T, o WatchOptions) (seen func() []string, end func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var states []string
 	done := make(chan error)
@@ -40,7 +40,7 @@ func TestWatch(t *testing.T) {
 	m := newFakeMachine(t)
 	m.install(t, tproxy.Config{})
 	synctest.Test(t, func(t *testing.T) {
-		seen, end := m.watched(t, WatchOptions{})
+		seen, end := m.seenBy(t, WatchOptions{})
 		defer end()
 		want := []string{"installed"}
 		same(t, "at first", seen(), want)
@@ -92,7 +92,7 @@ func TestWatchPolls(t *testing.T) {
 			m.deaf = test.deaf
 			m.installNames(t, test.config)
 			synctest.Test(t, func(t *testing.T) {
-				seen, end := m.watched(t, WatchOptions{Poll: time.Minute})
+				seen, end := m.seenBy(t, WatchOptions{Poll: time.Minute})
 				same(t, "at first", seen(), []string{"installed"})
 				delete(m.addresses, passthrough6)
 				time.Sleep(61 * time.Second)
@@ -105,7 +105,7 @@ func TestWatchPolls(t *testing.T) {
 }
 
 // An error of who is told ends it.
-func TestWatchEnds(t *testing.T) {
+func TestWatchStatusEnds(t *testing.T) {
 	m := newFakeMachine(t)
 	enough := errors.New("enough")
 	if err := (&Runner{machine: m}).Watch(context.Background(), WatchOptions{}, func(*Status) error { return enough }); !errors.Is(err, enough) {

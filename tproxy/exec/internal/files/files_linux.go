@@ -27,6 +27,12 @@ func inode(info os.FileInfo) string {
 	return ""
 }
 
+// Mine reports whether a file belongs to the user that this process runs as.
+func Mine(info os.FileInfo) bool {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	return ok && int(st.Uid) == os.Geteuid()
+}
+
 // openRegular opens a regular file without waiting, as for a pipe.
 func openRegular(name string, flag int) (*os.File, error) {
 	f, err := os.OpenFile(name, flag|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, 0)

@@ -15,6 +15,9 @@ func isInvalid(error) bool { return false }
 
 func inode(os.FileInfo) string { return "" }
 
+// Mine is for Linux.
+func Mine(os.FileInfo) bool { return false }
+
 func openRegular(string, int) (*os.File, error) { return nil, errors.ErrUnsupported }
 
 // Lstat is for Linux.

@@ -130,5 +130,8 @@ func LockWait(ctx context.Context, name string, wait time.Duration) (*LockHandle
 	}
 }
 
+// Holder says who holds a lock, without taking it. It is false where nobody does.
+func Holder(name string) (*HeldError, bool) { return holder(name) }
+
 // errHeld is tryLock's, before anybody looks for the holder: that walks /proc.
 var errHeld = errors.New("held")

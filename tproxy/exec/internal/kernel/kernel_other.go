@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net/netip"
 	"os"
+	"time"
 
 	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/procfs"
 )
@@ -95,6 +96,14 @@ func XtablesLockHolder() (pid int, comm string, ok bool) { return 0, "", false }
 func tryLock(string) (*LockHandle, error) { return nil, errors.ErrUnsupported }
 
 func lockHolder(name string) *HeldError { return &HeldError{Name: name} }
+
+func holder(name string) (*HeldError, bool) { return &HeldError{Name: name}, false }
+
+// NetworkCookie is for Linux.
+func NetworkCookie() (uint64, error) { return 0, errors.ErrUnsupported }
+
+// BootTime is for Linux.
+func BootTime() (time.Duration, error) { return 0, errors.ErrUnsupported }
 
 // LegacyChains is for Linux.
 func LegacyChains(Family, string) ([]string, error) { return nil, errors.ErrUnsupported }

@@ -65,20 +65,25 @@ func (h *LockHandle) File() (*os.File, error) {
 }
 
 func lockHolder(name string) *HeldError {
-	held := &HeldError{Name: name}
+	held, _ := holder(name)
+	return held
+}
+
+func holder(name string) (held *HeldError, ok bool) {
+	held = &HeldError{Name: name}
 	text, err := os.ReadFile("/proc/thread-self/net/unix")
 	if err != nil {
-		return held
+		return held, false
 	}
 	inode, ok := abstractInode(text, name)
 	if !ok {
-		return held
+		return held, false
 	}
 	owners, _, _ := procfs.FS{}.Owners(map[uint64]bool{inode: true})
 	if p := owners[inode]; len(p) > 0 {
 		held.PID, held.Comm = p[0].PID, p[0].Comm
 	}
-	return held
+	return held, true
 }
 
 // abstractInode finds the lock's socket in /proc/net/unix (proc_net(5)): Num
