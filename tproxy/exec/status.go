@@ -10,7 +10,6 @@ import (
 	"github.com/kumahq/kuma-tproxy/tproxy"
 	"github.com/kumahq/kuma-tproxy/tproxy/dns"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
-	"github.com/kumahq/kuma-tproxy/tproxy/sim"
 )
 
 // State is how an install stands.
@@ -359,23 +358,8 @@ func (l *looker) others(plan *tproxy.Plan) {
 				sets = append(sets, r.Set)
 			}
 		}
-		x := shadows{family: f, plan: plan, sets: sets, ours: found.Ours, looker: l}
+		x := shadows{family: f, plan: plan, all: sets, ours: found.Ours, looker: l}
 		x.find()
-		if plan.Config.Inbound.Off {
-			continue
-		}
-		for _, r := range l.live.Rules {
-			if r.Family != f {
-				continue
-			}
-			switch kind, what := inputFilter(f, r.Set, plan.Config.Inbound.Port); {
-			case what == "":
-			case kind == sim.Unknown:
-				l.Notes = append(l.Notes, what)
-			default:
-				l.drift(tproxy.Drift{Kind: tproxy.DriftFiltered, Family: f, Table: rules.Filter, Chain: string(rules.Input), Why: what})
-			}
-		}
 	}
 	for _, h := range l.live.Hidden {
 		if h.Late {
