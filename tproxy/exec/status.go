@@ -265,6 +265,11 @@ func (l *looker) compare(plan *tproxy.Plan) {
 			l.drift(tproxy.Drift{Kind: tproxy.DriftEntered, Family: f, Table: r.Table, Chain: r.Chain, Index: r.Index, Is: r.Rule.String(), Why: "others lead into a chain of ours"})
 		}
 	}
+	v4, v6 := l.recordOf(rules.IPv4), l.recordOf(rules.IPv6)
+	if len(v4) > 0 && len(v6) > 0 && !slices.Equal(v4, v6) {
+		_, chain := tproxy.RecordChain()
+		l.drift(tproxy.Drift{Kind: tproxy.DriftChanged, Family: rules.IPv6, Table: rules.NAT, Chain: chain, Why: "the record is another than that of IPv4"})
+	}
 	for _, j := range l.jobs {
 		where := j.variant.Backend != l.found.Backend
 		if holds(j.before.Ours) && (where || !slices.Contains(plan.Families, j.family)) {
@@ -272,6 +277,16 @@ func (l *looker) compare(plan *tproxy.Plan) {
 			l.drift(tproxy.Drift{Kind: tproxy.DriftElsewhere, Family: j.family, Is: what, Why: "the install is in " + l.found.Backend.String() + " and has none there"})
 		}
 	}
+}
+
+// recordOf are the lines of a family's record.
+func (l *looker) recordOf(f rules.Family) (out []string) {
+	t, name := tproxy.RecordChain()
+	c, _ := l.ours(f).Ours.Chain(t, name)
+	for _, r := range c.Rules {
+		out = append(out, r.String())
+	}
+	return out
 }
 
 func (l *looker) address(plan *tproxy.Plan) error {
@@ -332,7 +347,7 @@ func (l *looker) count() {
 				if r.At > 0 {
 					at = r.At
 				}
-				l.Counters = append(l.Counters, Counter{f, t, chain, at, tproxy.Effect(t, chain, r), r.Why, r.Counter.Packets, r.Counter.Bytes})
+				l.Counters = append(l.Counters, Counter{f, t, chain, at, tproxy.Effect(t, chain, r), tproxy.Reason(r), r.Counter.Packets, r.Counter.Bytes})
 			}
 		}
 		for _, c := range ours.Bases {
