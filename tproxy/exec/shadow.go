@@ -26,7 +26,6 @@ type shadows struct {
 	outer  string // the interface to other hosts
 
 	apart   apart // what ours name, and treat otherwise than the rest
-	hot     apart // what others name in front of ours, when they are few
 	marked  bool  // whether a rule of others looks at marks
 	tries   int   // how many packets may yet be walked
 	tried   map[sim.Packet]bool
@@ -45,7 +44,8 @@ type place struct {
 const (
 	shadowWork  = 12 << 20
 	mostTries   = 4000
-	mostShadows = 8  // that are named, of a family
+	mostShadows = 8 // that are named, of a family
+	mostUnsure  = 3
 	fewRules    = 64 // of others in front of ours: then each is tried with what others name
 	mostHot     = 12 // values of a kind
 )
@@ -83,26 +83,26 @@ func (x *shadows) find() {
 		x.own(d)
 	}
 	for _, d := range drafts {
-		leaves := x.leaves(d)
-		if len(leaves) <= fewRules {
-			x.hot = apart{}
-			for _, l := range leaves {
-				x.hot.addDraft(l.draft)
+		leaves, back := x.leaves(d)
+		// What others let come back may have been what a rule behind matches: where
+		// they are few, each is tried with what all of them name.
+		var named *apart
+		if len(leaves)+len(back) <= fewRules {
+			named = &apart{}
+			for _, l := range append(leaves, back...) {
+				named.addDraft(l.draft)
 			}
-			x.hot.clip(mostHot)
+			named.clip(mostHot)
 		}
 		for _, l := range leaves {
-			var hot *apart
-			if len(leaves) <= fewRules {
-				hot = &x.hot
-			}
+			hot := named
 			if l.toProxy {
 				hot = &x.apart
 			}
 			for _, p := range l.packets(&x.apart, hot) {
 				x.try(p)
 			}
-			if x.found >= mostShadows || x.unsure >= mostShadows {
+			if x.found >= mostShadows || x.unsure >= mostUnsure {
 				return
 			}
 		}
@@ -141,9 +141,10 @@ func (d dim[T]) fits(v T) bool {
 	return !slices.ContainsFunc(d.tests, func(test func(T) bool) bool { return !test(v) })
 }
 
-// choose returns a value that fits, outside of what is apart where that can be.
-func (d dim[T]) choose(apart func(T) bool) (v T, ok bool) {
-	for _, list := range [][]T{d.own, d.edges} {
+// choose returns a value that fits, outside of what is apart where that can be: more
+// are the ends of that.
+func (d dim[T]) choose(apart func(T) bool, more []T) (v T, ok bool) {
+	for _, list := range [][]T{d.own, d.edges, more} {
 		for _, e := range list {
 			switch {
 			case !d.fits(e):
@@ -229,16 +230,17 @@ func (d draft) choose(a *apart) (p sim.Packet, ok bool) {
 	var addr func(netip.Addr) bool
 	var port func(uint16) bool
 	var id func(uint32) bool
+	var ends apart
 	if a != nil {
-		addr, port, id = a.addr, a.port, a.id
+		addr, port, id, ends = a.addr, a.port, a.id, *a
 	}
 	p = d.packet
-	src, ok1 := d.src.choose(addr)
-	dst, ok2 := d.dst.choose(addr)
-	sport, ok3 := d.sport.choose(nil)
-	dport, ok4 := d.dport.choose(port)
-	through, ok5 := d.through.choose(nil)
-	mark, ok6 := d.mark.choose(nil)
+	src, ok1 := d.src.choose(addr, ends.addrs)
+	dst, ok2 := d.dst.choose(addr, ends.addrs)
+	sport, ok3 := d.sport.choose(nil, nil)
+	dport, ok4 := d.dport.choose(port, ends.ports)
+	through, ok5 := d.through.choose(nil, nil)
+	mark, ok6 := d.mark.choose(nil, nil)
 	p.Source, p.Destination, p.Mark = netip.AddrPortFrom(src, sport), netip.AddrPortFrom(dst, dport), mark
 	if p.Path == sim.In {
 		p.InInterface = through
@@ -248,8 +250,8 @@ func (d draft) choose(a *apart) (p sim.Packet, ok bool) {
 		p.OutInterface = "lo"
 	}
 	var ok7, ok8 bool
-	p.UID, ok7 = d.uid.choose(id)
-	p.GID, ok8 = d.gid.choose(id)
+	p.UID, ok7 = d.uid.choose(id, ends.ids)
+	p.GID, ok8 = d.gid.choose(id, ends.ids)
 	return p, ok1 && ok2 && ok3 && ok4 && ok5 && ok6 && ok7 && ok8
 }
 
@@ -422,9 +424,9 @@ func (x *shadows) drafts() (out []draft) {
 	}
 	if !c.Inbound.Off {
 		self := process
-		self.uid, self.dst, self.inside, self.general = proxy, fromHere, true, false
+		self.uid, self.dst, self.inside = proxy, fromHere, true
 		loop := self
-		loop.dport = port(c.Inbound.Port)
+		loop.dport, loop.general = port(c.Inbound.Port), false
 		out = append(out, self, loop, later(in), answer(in, near, port(c.Inbound.Port)))
 	}
 	if !c.Outbound.Off {
@@ -475,8 +477,9 @@ func (x *shadows) own(d draft) {
 }
 
 // leaves are the rules of others that a packet of the draft may meet before ours
-// decide, and that can decide: and those anywhere that send it to the proxy.
-func (x *shadows) leaves(d draft) (out []leaf) {
+// decide, and that can decide, and those anywhere that send it to the proxy; back are
+// those that return.
+func (x *shadows) leaves(d draft) (out, back []leaf) {
 	hooks := []rules.Hook{rules.Output, rules.Postrouting, rules.Prerouting, rules.Input}
 	if d.packet.Path == sim.In {
 		hooks = []rules.Hook{rules.Prerouting, rules.Input}
@@ -496,10 +499,10 @@ func (x *shadows) leaves(d draft) (out []leaf) {
 				}
 				g.rule(d, r, 0, true)
 			}
-			out = append(out, g.out...)
+			out, back = append(out, g.out...), append(back, g.back...)
 		}
 	}
-	return out
+	return out, back
 }
 
 // gather collects leaves of one base chain.
@@ -510,6 +513,7 @@ type gather struct {
 	late   bool // whether the packet may be another by then: it was redirected
 	behind bool // whether it stands behind ours
 	out    []leaf
+	back   []leaf // that return, as many as matter
 }
 
 // deepest is how far jumps are followed, and mostLeaves how many rules are collected.
@@ -525,7 +529,8 @@ func (g *gather) rule(d draft, r rules.Rule, depth int, last bool) {
 		return
 	}
 	target := r.Target()
-	if target == "" && !g.ends(r, last) {
+	_, back := r.Action.(rules.Return)
+	if target == "" && !g.ends(r, last) && !(back && len(g.back) <= fewRules) {
 		return
 	}
 	d, ok := g.narrowed(d, r, g.late)
@@ -543,6 +548,10 @@ func (g *gather) rule(d draft, r rules.Rule, depth int, last bool) {
 		if g.behind {
 			return
 		}
+	}
+	if back && !last {
+		g.back = append(g.back, leaf{draft: d})
+		return
 	}
 	a, redirect := r.Action.(rules.Redirect)
 	toProxy := redirect && g.proxys(a.Port) || target != ""
@@ -677,7 +686,7 @@ func on(d dim[string], name string, not bool) dim[string] {
 
 // try walks a packet through everybody's rules, and through ours alone.
 func (x *shadows) try(p sim.Packet) {
-	if x.tried[p] || x.found >= mostShadows || x.unsure >= mostShadows {
+	if x.tried[p] || x.found >= mostShadows || x.unsure >= mostUnsure {
 		return
 	}
 	x.tried[p] = true
@@ -747,7 +756,7 @@ func (x *shadows) answered(p sim.Packet, alone sim.Verdict) {
 func (x *shadows) shadow(kind tproxy.DriftKind, trace sim.Trace, why string) {
 	d := tproxy.Drift{Kind: kind, Family: x.family, Why: why}
 	step, ok := trace.Deciding()
-	if !ok || trace.Kind == sim.Untouched {
+	if !ok || trace.Kind == sim.Untouched || trace.Zone != sim.Decide(x.ours, x.env, trace.Packet).Zone {
 		for _, s := range trace.Steps {
 			switch s.Rule.Action.(type) {
 			case rules.NoTrack, rules.CTZone:

@@ -102,6 +102,15 @@ type looker struct {
 	jobs  []job // what is ours, in each variant and family
 	live  Live
 	found *Installation
+	// unread are the families of a variant whose rules could not be read, and two is
+	// whether there are two installs.
+	unread []LiveRules
+	two    bool
+}
+
+// missed reports whether what the install has in a family could not be read.
+func (l *looker) missed(f rules.Family) bool {
+	return slices.ContainsFunc(l.unread, func(u LiveRules) bool { return u.Family == f && u.Backend == l.found.Backend })
 }
 
 func (l *looker) cannot(format string, args ...any) {
@@ -134,6 +143,9 @@ func (l *looker) look(ctx context.Context) error {
 		}
 		return nil
 	}
+	if l.two {
+		return nil
+	}
 	config := l.found.Config
 	l.Config = &config
 	plan, err := l.plan(ctx)
@@ -163,6 +175,7 @@ func (l *looker) read(ctx context.Context) error {
 					return err
 				}
 				l.cannot("%v", err)
+				l.unread = append(l.unread, LiveRules{Family: f, Backend: b})
 			}
 		}
 	}
@@ -176,6 +189,7 @@ func (l *looker) read(ctx context.Context) error {
 		for _, f := range v.Ours {
 			if !slices.ContainsFunc(l.live.Rules, func(r LiveRules) bool { return r.Family == f && r.Backend == v.Backend }) {
 				l.cannot("%s rules of ours stand in %s, and its save program is not here", f, v.Backend)
+				l.unread = append(l.unread, LiveRules{Family: f, Backend: v.Backend})
 			}
 		}
 	}
@@ -189,6 +203,7 @@ func (l *looker) read(ctx context.Context) error {
 			continue
 		}
 		if _, err := tproxy.ReadRecord(j.before.Ours); err == nil {
+			l.two = true
 			l.cannot("installs stand in %s and in %s, each with a record, and which of them decides depends on which came first", l.found.Backend, j.variant.Backend)
 		}
 	}
@@ -259,6 +274,9 @@ func (l *looker) plan(ctx context.Context) (*tproxy.Plan, error) {
 // compare compares the rules.
 func (l *looker) compare(plan *tproxy.Plan) {
 	for _, f := range plan.Families {
+		if l.missed(f) {
+			continue
+		}
 		found := l.ours(f)
 		l.Drift = append(l.Drift, plan.Drift(f, found.Ours)...)
 		for _, r := range found.References {
