@@ -25,14 +25,15 @@ type shadows struct {
 	env    sim.Env
 	outer  string // the interface to other hosts
 
-	apart   apart // what ours name, and treat otherwise than the rest
-	marked  bool  // whether a rule of others looks at marks
-	tries   int   // how many packets may yet be walked
-	tried   map[sim.Packet]bool
-	found   int // how many drifts
-	unsure  int // how many that cannot be told
-	cut     bool
-	assumed [][]rules.Set // with matches that cannot be told taken to hold, and not to
+	apart     apart // what ours name, and treat otherwise than the rest
+	marked    bool  // whether a rule of others looks at marks
+	tries     int   // how many packets may yet be walked
+	tried     map[sim.Packet]bool
+	found     int // how many drifts
+	unsure    int // how many that cannot be told
+	published int // how many ports that others answer for
+	cut       bool
+	assumed   [][]rules.Set // with matches that cannot be told taken to hold, and not to
 }
 
 type place struct {
@@ -42,12 +43,13 @@ type place struct {
 
 // What it costs at most: rules that are met by all packets of a family, and packets.
 const (
-	shadowWork  = 12 << 20
-	mostTries   = 4000
-	mostShadows = 8 // that are named, of a family
-	mostUnsure  = 3
-	fewRules    = 64 // of others in front of ours: then each is tried with what others name
-	mostHot     = 12 // values of a kind
+	shadowWork    = 12 << 20
+	mostTries     = 4000
+	mostShadows   = 8 // that are named, of a family
+	mostUnsure    = 3
+	mostPublished = 4
+	fewRules      = 64 // of others in front of ours: then each is tried with what others name
+	mostHot       = 12 // values of a kind
 )
 
 func (x *shadows) find() {
@@ -716,13 +718,22 @@ func (x *shadows) try(p sim.Packet) {
 	}
 	step, _ := trace.Deciding()
 	if p.Path == sim.In && publishes(step) {
-		note := fmt.Sprintf("a published port answers as before: %s sends it on", trace.Route(step))
-		if !slices.Contains(x.Notes, note) {
-			x.Notes = append(x.Notes, note)
-		}
+		x.publish(trace, step)
 		return
 	}
 	x.shadow(tproxy.DriftShadowed, trace, fmt.Sprintf("%s: %s, and by ours alone %s", p, trace.Verdict, alone))
+}
+
+// publish notes a port that others answer for, the first ones by name.
+func (x *shadows) publish(trace sim.Trace, step sim.Step) {
+	note := fmt.Sprintf("a published port answers as before: %s sends it on", trace.Route(step))
+	if x.published == mostPublished {
+		note = fmt.Sprintf("more published ports answer as before, over %s", x.family)
+	}
+	if x.published <= mostPublished && !slices.Contains(x.Notes, note) {
+		x.Notes = append(x.Notes, note)
+		x.published++
+	}
 }
 
 // theirs reports whether it is up to others: what ours leave alone, unless it goes to
@@ -868,7 +879,10 @@ func (x *shadows) either(p sim.Packet, alone sim.Verdict) bool {
 	for _, sets := range x.assume() {
 		trace := sim.WalkAll(sets, x.env, p)
 		step, _ := trace.Deciding()
-		if trace.Verdict != alone && (trace.Kind == sim.Unknown || !x.theirs(trace.Verdict, alone)) && !(p.Path == sim.In && publishes(step)) {
+		switch {
+		case p.Path == sim.In && publishes(step):
+			x.publish(trace, step)
+		case trace.Verdict != alone && (trace.Kind == sim.Unknown || !x.theirs(trace.Verdict, alone)):
 			return false
 		}
 	}
