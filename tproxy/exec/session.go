@@ -22,7 +22,8 @@ type session struct {
 	lock               *os.File // what children inherit, while it is held
 	wait, waitInterval time.Duration
 	processes, retries int
-	counters           bool // whether rules are read with what they have counted
+	counters           bool             // whether rules are read with what they have counted
+	known              []tproxy.Variant // what variants has found, for a session that changes nothing
 
 	// How often a failure that passes is tried again, and after how long.
 	maxRetries int

@@ -26,6 +26,7 @@ type shadows struct {
 	outer  string // the interface to other hosts
 
 	apart     apart // what ours name, and treat otherwise than the rest
+	marking   *bool // see marks
 	marked    bool  // whether a rule of others looks at marks
 	tries     int   // how many packets may yet be walked
 	tried     map[sim.Packet]bool
@@ -133,19 +134,31 @@ type dim[T comparable] struct {
 	own   []T
 	tests []func(T) bool
 	edges []T
+	only  bool // whether it must be one of own
 }
 
 func (d dim[T]) with(test func(T) bool, edges ...T) dim[T] {
-	return dim[T]{d.own, append(slices.Clip(d.tests), test), append(slices.Clip(d.edges), edges...)}
+	d.tests = append(slices.Clip(d.tests), test)
+	if !d.only {
+		d.edges = append(slices.Clip(d.edges), edges...)
+	}
+	return d
 }
 
+// none reports whether it is one of own and none of those passes the test: most rules of
+// others are done with so, and that has to be cheap.
+func (d dim[T]) none(test func(T) bool) bool { return d.only && !slices.ContainsFunc(d.own, test) }
+
 func (d dim[T]) fits(v T) bool {
-	return !slices.ContainsFunc(d.tests, func(test func(T) bool) bool { return !test(v) })
+	return (!d.only || slices.Contains(d.own, v)) && !slices.ContainsFunc(d.tests, func(test func(T) bool) bool { return !test(v) })
 }
 
 // choose returns a value that fits, outside of what is apart where that can be: more
 // are the ends of that.
 func (d dim[T]) choose(apart func(T) bool, more []T) (v T, ok bool) {
+	if d.only {
+		more = nil
+	}
 	for _, list := range [][]T{d.own, d.edges, more} {
 		for _, e := range list {
 			switch {
@@ -170,6 +183,7 @@ type draft struct {
 	mark         dim[uint32]
 	inside       bool // whether it goes through lo
 	answer       bool // of the proxy's, or a later packet: not the one that opens
+	left         bool // whether ours leave it alone
 	general      bool // whether it stands for all of its kind
 }
 
@@ -384,21 +398,21 @@ func (x *shadows) drafts() (out []draft) {
 	remote := func(a netip.Addr) bool {
 		return a.Is4() == near.Is4() && !x.env.IsLocal(a) && !a.IsMulticast() && !a.IsUnspecified()
 	}
-	own := func(a netip.Addr) bool { return slices.Contains(locals, a) }
+	// Exactly this one.
 	is := func(b netip.Addr) dim[netip.Addr] {
-		return dim[netip.Addr]{own: []netip.Addr{b}, tests: []func(netip.Addr) bool{func(a netip.Addr) bool { return a == b }}}
+		return dim[netip.Addr]{own: []netip.Addr{b}, only: true}
 	}
 	port := func(n uint16) dim[uint16] {
-		return dim[uint16]{own: []uint16{n}, tests: []func(uint16) bool{func(m uint16) bool { return m == n }}}
+		return dim[uint16]{own: []uint16{n}, only: true}
 	}
 	user := func(id uint32) dim[uint32] {
-		return dim[uint32]{own: []uint32{id}, tests: []func(uint32) bool{func(m uint32) bool { return m == id }}}
+		return dim[uint32]{own: []uint32{id}, only: true}
 	}
 	real := func(n uint16) bool { return n != 0 }
 	proxy := user(c.ProxyUIDs[0])
 	anyone := dim[uint32]{own: []uint32{stranger, 1000, 0, 65533}}
 	fromFar := dim[netip.Addr]{own: far, tests: []func(netip.Addr) bool{remote}}
-	fromHere := dim[netip.Addr]{own: append([]netip.Addr{near}, locals...), tests: []func(netip.Addr) bool{own}}
+	fromHere := dim[netip.Addr]{own: append([]netip.Addr{near}, locals...), only: true}
 	anyPort := dim[uint16]{own: []uint16{strangePort, 80, 8080, 49_000}, tests: []func(uint16) bool{real}}
 	client := dim[uint16]{own: []uint16{40000}, tests: []func(uint16) bool{real}}
 	outer := dim[string]{own: []string{x.outer}, tests: []func(string) bool{func(s string) bool { return s != "lo" }}}
@@ -453,7 +467,7 @@ func (x *shadows) drafts() (out []draft) {
 	}
 	// What ours leave alone: others must not send it to the proxy.
 	left := process
-	left.uid, left.general = proxy, false
+	left.uid, left.general, left.left = proxy, false, true
 	pass := left
 	pass.src, pass.dst, pass.inside = is(passing), fromHere, true
 	return append(out, left, pass)
@@ -486,6 +500,9 @@ func (x *shadows) leaves(d draft) (out, back []leaf) {
 	if d.packet.Path == sim.In {
 		hooks = []rules.Hook{rules.Prerouting, rules.Input}
 	}
+	if d.left && !x.sendsToProxy() {
+		return nil, nil
+	}
 	for i, s := range x.sets {
 		for _, c := range s.Bases {
 			if !slices.Contains(hooks, c.Hook) || c.Table == rules.NAT && (c.Hook != hooks[0] || d.answer) {
@@ -505,6 +522,32 @@ func (x *shadows) leaves(d draft) (out, back []leaf) {
 		}
 	}
 	return out, back
+}
+
+// sendsToProxy reports whether a rule of others sends anything to a port of the proxy's.
+func (x *shadows) sendsToProxy() bool {
+	sends := func(t rules.Table, chain string, list []rules.Rule) bool {
+		if _, ours := x.ours.Chain(t, chain); ours {
+			return false
+		}
+		return slices.ContainsFunc(list, func(r rules.Rule) bool {
+			a, ok := r.Action.(rules.Redirect)
+			return ok && x.proxys(a.Port)
+		})
+	}
+	for _, s := range x.sets {
+		for _, c := range s.Bases {
+			if sends(c.Table, string(c.Hook), c.Rules) {
+				return true
+			}
+		}
+		for _, c := range s.Chains {
+			if sends(c.Table, c.Name, c.Rules) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // gather collects leaves of one base chain.
@@ -580,15 +623,27 @@ func (g *gather) ends(r rules.Rule, last bool) bool {
 // have another destination, and be on another interface.
 func (x *shadows) narrowed(d draft, r rules.Rule, late bool) (_ draft, ok bool) {
 	for _, m := range r.Matches {
+		no := false
 		switch m := m.(type) {
 		case rules.Protocol:
-			if m != d.packet.Protocol {
-				return d, false
-			}
+			no = m != d.packet.Protocol
 		case rules.SYN:
-			if d.packet.State == sim.Established != m.Not {
-				return d, false
-			}
+			no = d.packet.State == sim.Established != m.Not
+		case rules.Source:
+			no = d.src.none(func(a netip.Addr) bool { return contain(m.Prefixes, a) != m.Not })
+		case rules.Destination:
+			no = !late && d.dst.none(func(a netip.Addr) bool { return contain(m.Prefixes, a) != m.Not })
+		case rules.SourcePorts:
+			no = d.sport.none(func(n uint16) bool { return m.Ports.Contains(n) != m.Not })
+		case rules.DestinationPorts:
+			no = !late && d.dport.none(func(n uint16) bool { return m.Ports.Contains(n) != m.Not })
+		}
+		if no {
+			return d, false
+		}
+	}
+	for _, m := range r.Matches {
+		switch m := m.(type) {
 		case rules.Source:
 			d.src = inPrefixes(d.src, m.Prefixes, m.Not)
 		case rules.Destination:
@@ -631,6 +686,15 @@ func (x *shadows) narrowed(d draft, r rules.Rule, late bool) (_ draft, ok bool) 
 
 // marks reports whether rules set marks: then it is theirs which packet has which.
 func (x *shadows) marks() bool {
+	if x.marking != nil {
+		return *x.marking
+	}
+	found := x.setsMarks()
+	x.marking = &found
+	return found
+}
+
+func (x *shadows) setsMarks() bool {
 	sets := func(r rules.Rule) bool {
 		_, ok := r.Action.(rules.SetMark)
 		return ok
@@ -649,12 +713,24 @@ func (x *shadows) marks() bool {
 func inPrefixes(d dim[netip.Addr], prefixes []netip.Prefix, not bool) dim[netip.Addr] {
 	var edges []netip.Addr
 	for _, p := range prefixes {
+		if d.only {
+			break
+		}
 		edges = append(edges, p.Addr(), p.Addr().Next(), beyond(p).Prev(), beyond(p).Prev().Prev(), beyond(p), beyond(p).Next(), p.Addr().Prev())
 	}
 	edges = slices.DeleteFunc(edges, func(a netip.Addr) bool { return !a.IsValid() })
 	return d.with(func(a netip.Addr) bool {
-		return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) }) != not
+		return contain(prefixes, a) != not
 	}, edges...)
+}
+
+func contain(prefixes []netip.Prefix, a netip.Addr) bool {
+	for _, p := range prefixes {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
 }
 
 func inRanges[T uint16 | uint32](d dim[T], edges []T, contains func(T) bool, not bool) dim[T] {

@@ -167,6 +167,7 @@ func (l *looker) look(ctx context.Context) error {
 // read reads everybody's rules, once.
 func (l *looker) read(ctx context.Context) error {
 	variants := l.variants(ctx)
+	l.known = variants
 	read := reader{session: l.session, ctx: ctx, variants: variants, Live: &l.live}
 	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
 		for _, f := range rules.Families() {
