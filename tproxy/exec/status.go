@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
 	"github.com/kumahq/kuma-tproxy/tproxy/dns"
@@ -236,6 +237,10 @@ func (l *looker) leftovers(ctx context.Context) error {
 			l.drift(tproxy.Drift{Kind: tproxy.DriftNames, Is: c.undo, Why: gone})
 		}
 	}
+	_, v6 := tproxy.PassthroughAddresses()
+	if there, err := l.m.hasAddress(v6); err == nil && there {
+		l.Notes = append(l.Notes, hostPrefix(v6).String()+" is on lo: an install may have been here, ours or Kuma's, whose rules are gone")
+	}
 	return ctx.Err()
 }
 
@@ -396,6 +401,9 @@ func (l *looker) others(plan *tproxy.Plan) {
 		x.find()
 	}
 	for _, h := range l.live.Hidden {
+		if h.What == "table inet firewalld" {
+			l.firewalld(plan)
+		}
 		if h.Late {
 			l.Notes = append(l.Notes, fmt.Sprintf("%s may filter what is redirected: iptables does not show it", h.What))
 			continue
@@ -406,4 +414,33 @@ func (l *looker) others(plan *tproxy.Plan) {
 			}
 		}
 	}
+}
+
+// firewalldConf has firewalld.conf(5)'s settings, a key=value on a line.
+const firewalldConf = "/etc/firewalld/firewalld.conf"
+
+// firewalld says that a firewalld with RFC3964_IPv4, which is its default, rejects what
+// this host sends to ::/96: what is redirected over IPv6 goes to ::1, by an interface
+// that its filter takes for another than lo.
+func (l *looker) firewalld(p *tproxy.Plan) {
+	if !slices.Contains(p.Families, rules.IPv6) || p.Config.Outbound.Off && !p.Config.DNS.On() {
+		return
+	}
+	text, err := l.m.readFile(firewalldConf)
+	if err != nil {
+		l.Notes = append(l.Notes, fmt.Sprintf("whether firewalld rejects what is redirected over IPv6 cannot be told: %v", err))
+		return
+	}
+	for line := range strings.Lines(string(text)) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+		if strings.TrimSpace(key) != "RFC3964_IPv4" {
+			continue
+		}
+		if v := strings.ToLower(strings.TrimSpace(value)); v == "no" || v == "false" {
+			return
+		}
+		break // a second one is an error to firewalld, and the first one stands
+	}
+	l.drift(tproxy.Drift{Kind: tproxy.DriftFiltered, Family: rules.IPv6, Is: "table inet firewalld",
+		Why: "firewalld rejects what is redirected from this host over IPv6, to ::1: set RFC3964_IPv4=no in " + firewalldConf + " and restart it, or leave IPv6 alone with --ip-family-mode=ipv4"})
 }

@@ -414,6 +414,86 @@ func (x *watched) iptable(f rules.Family, line string) error {
 	return err
 }
 
+// Each kind of drift, made by hand, is named; and the same install again repairs it.
+func TestStatusNamesEachDrift(t *testing.T) {
+	eachVariant(t, func(w *world) {
+		c := tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}}
+		v4, v6 := w.program(rules.IPv4, ""), w.program(rules.IPv6, "")
+		other := "iptables-legacy"
+		if w.backend == tproxy.IPTablesLegacy {
+			other = "iptables-nft"
+		}
+		if s := w.status(); s.State != exec.StateAbsent {
+			w.Fatalf("nothing is installed: %s", said(s))
+		}
+		w.install(c)
+		if s := w.status(); s.State != exec.StateInstalled || s.Backend != w.backend || len(s.Families) != 2 {
+			w.Fatalf("nothing was done: %s", said(s))
+		}
+		for _, d := range []struct {
+			name, script, undo string
+			want               []string
+		}{
+			{"missing", v4 + " -t nat -D KUMA_MESH_INBOUND 1", "", []string{"- missing: IPv4 nat KUMA_MESH_INBOUND #1 -p tcp -m tcp --dport 22 -j RETURN"}},
+			{"missing jump", v6 + " -t nat -D PREROUTING 1", "", []string{"- missing: IPv6 nat PREROUTING #1"}},
+			{"missing chain", v4 + " -t nat -D OUTPUT 1; " + v4 + " -t nat -F KUMA_MESH_DNS; " + v4 + " -t nat -X KUMA_MESH_DNS", "", []string{"- missing: IPv4 nat KUMA_MESH_DNS [the chain is not there]", "- missing: IPv4 nat OUTPUT #1"}},
+			{"changed", v4 + " -t nat -R KUMA_MESH_INBOUND 1 -p tcp --dport 23 -j RETURN", "", []string{"~ changed: IPv4 nat KUMA_MESH_INBOUND #1 -p tcp -m tcp --dport 23 -j RETURN, was -p tcp -m tcp --dport 22 -j RETURN"}},
+			{"extra", v4 + " -t nat -A KUMA_MESH_INBOUND -j ACCEPT", "", []string{"+ extra: IPv4 nat KUMA_MESH_INBOUND #3 -j ACCEPT"}},
+			{"reordered", v6 + ` -t nat -D KUMA_MESH_INBOUND 2; ` + v6 + ` -t nat -I KUMA_MESH_INBOUND 1 -p tcp -m comment --comment "inbound goes to the proxy's port 15006" -j REDIRECT --to-ports 15006`, "", []string{"~ reordered: IPv6 nat KUMA_MESH_INBOUND"}},
+			{"doubled", v4 + ` -t nat -A KUMA_MESH_INBOUND -p tcp -m comment --comment "inbound goes to the proxy's port 15006" -j REDIRECT --to-ports 15006`, "", []string{"+ doubled: IPv4 nat KUMA_MESH_INBOUND #3"}},
+			{"flushed", v4 + " -t nat -F", "", []string{"- missing: IPv4 nat PREROUTING #1", "- missing: IPv4 nat KUMA_MESH_OUTBOUND"}},
+			{"elsewhere", other + " -t nat -N KUMA_MESH_INBOUND", other + " -t nat -X KUMA_MESH_INBOUND", []string{"+ elsewhere: IPv4 rules of ours in " + other}},
+			{"entered", v4 + " -t nat -N MINE; " + v4 + " -t nat -A MINE -j KUMA_MESH_OUTBOUND", v4 + " -t nat -F MINE; " + v4 + " -t nat -X MINE", []string{"~ entered: IPv4 nat MINE #1"}},
+			{"shadowed", v6 + " -t nat -I PREROUTING -p tcp --dport 443 -j ACCEPT", v6 + " -t nat -D PREROUTING 1", []string{"~ shadowed: IPv6 nat PREROUTING #1 -p tcp -m tcp --dport 443 -j ACCEPT"}},
+			{"untracked", v4 + " -t raw -I OUTPUT -p tcp -j CT --notrack", v4 + " -t raw -D OUTPUT 1", []string{"~ shadowed: IPv4 raw OUTPUT #1 -p tcp -j CT --notrack"}},
+			{"filtered", v4 + " -P INPUT DROP", v4 + " -P INPUT ACCEPT", []string{"~ filtered: IPv4 filter INPUT policy DROP"}},
+			{"address", "ip address del ::6/128 dev lo", "", []string{"~ address: IPv6 ::6/128 on lo"}},
+		} {
+			w.on("", "sh", "-ec", d.script)
+			s := w.status()
+			for _, want := range d.want {
+				if text := said(s); s.State != exec.StateDrifted || !strings.Contains(text, want) {
+					w.Errorf("%s: %q is not in %s", d.name, want, text)
+				}
+			}
+			if d.undo != "" { // what is others' no install repairs
+				w.on("", "sh", "-ec", d.undo)
+			}
+			w.install(c)
+			if s := w.status(); s.State != exec.StateInstalled {
+				w.Errorf("%s, repaired: %s", d.name, said(s))
+			}
+		}
+		w.uninstall()
+		if s := w.status(); s.State != exec.StateAbsent {
+			w.Errorf("uninstalled: %s", said(s))
+		}
+	})
+}
+
+// What each rule of ours has counted is there.
+func TestStatusCounts(t *testing.T) {
+	eachVariant(t, func(w *world) {
+		w.serve()
+		w.proxy(netlab.Answer)
+		w.install(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}})
+		w.check(flow{"A5", "outside host:80 => in"}, flow{"A3", "outside host:22 => app"}, flow{"B11", "1000 internet:80 => out"},
+			flow{"C3", "1000 udp internet:53 => dns"}, flow{"B0", "5678 loopback:15006 => refused"})
+		sum := map[string]uint64{}
+		for _, c := range w.status().Counters {
+			sum[c.Verdict] += c.Packets
+		}
+		for verdict, want := range map[string]uint64{"in": 2, "out": 2, "dns": 2, "refused": 2} {
+			if sum[verdict] != want {
+				w.Errorf("%d %s, want %d", sum[verdict], verdict, want)
+			}
+		}
+		if sum["excluded"] < 2 {
+			w.Errorf("%d excluded", sum["excluded"])
+		}
+	})
+}
+
 // Whatever somebody does to the rules, Status never says installed where a flow goes
 // wrong, and after a repair it says installed again.
 func TestStatusSeesRandomEdits(t *testing.T) { vandals(t, 25, 1) }

@@ -192,7 +192,16 @@ func TestStatusOfDrift(t *testing.T) {
 		}, StateUnknown, []string{"table ip mine, which iptables does not show"}},
 		{"a hidden filter", tproxy.Config{}, func(t *testing.T, m *fakeMachine) {
 			m.nftBases = []kernel.NFTBase{{Table: kernel.NFTTable{Family: "inet", Name: "firewalld"}, Chain: "c", Hook: "INPUT", Type: "filter", Priority: 10}}
+			m.files[firewalldConf] = "# RFC3964_IPv4\nRFC3964_IPv4=no\n"
 		}, StateInstalled, []string{"table inet firewalld may filter"}},
+		{"firewalld as it comes", tproxy.Config{}, func(t *testing.T, m *fakeMachine) {
+			m.nftBases = []kernel.NFTBase{{Table: kernel.NFTTable{Family: "inet", Name: "firewalld"}, Chain: "c", Hook: "OUTPUT", Type: "filter", Priority: 10}}
+			m.files[firewalldConf] = "RFC3964_IPv4=yes\n"
+		}, StateDrifted, []string{"~ filtered: IPv6 table inet firewalld [firewalld rejects what is redirected"}},
+		{"firewalld as it comes, IPv4 alone", tproxy.Config{IPFamilyMode: tproxy.IPv4Only}, func(t *testing.T, m *fakeMachine) {
+			m.nftBases = []kernel.NFTBase{{Table: kernel.NFTTable{Family: "inet", Name: "firewalld"}, Chain: "c", Hook: "OUTPUT", Type: "filter", Priority: 10}}
+			m.files[firewalldConf] = "RFC3964_IPv4=yes\n"
+		}, StateInstalled, nil},
 		{"a hidden filter of what is forwarded", tproxy.Config{}, func(t *testing.T, m *fakeMachine) {
 			m.nftBases = []kernel.NFTBase{{Table: kernel.NFTTable{Family: "inet", Name: "mine"}, Chain: "c", Hook: "FORWARD", Type: "filter", Priority: -300}}
 		}, StateInstalled, nil},
