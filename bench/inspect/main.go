@@ -85,12 +85,13 @@ func run(rounds int, date, out string) error {
 		return err
 	}
 	page.Linef("iptables: %s\nRounds: %d, interleaved\n", strings.TrimSpace(strings.TrimPrefix(string(version), "iptables-nft-save ")), rounds)
-	page.Linef("A look is Runner.Status. Bare are iptables-save and ip6tables-save, one after the other. Medians; the\nratio is the median of those of the rounds, and noise is that of bare to bare.\n")
+	page.Linef("A look is Runner.Status. Bare are iptables-save and ip6tables-save, one after the other: below that no look\n"+
+		"can go that uses them. Medians; the ratio is the median of those of the rounds, noise that of bare to bare.\nThe 20,000 rules are kube-proxy's, of IPv4, for %d services with two endpoints each.\n", services)
 	page.Linef("%-15s %-28s %9s %9s %7s %7s %10s", "", "", "look, ms", "bare, ms", "ratio", "noise", "processes")
 	for _, s := range scenes {
 		page.Linef("%-15s %-28s %9.1f %9.1f %7.2f %7.2f %10d", s.Backend, s.name, ms(median(s.looks)), ms(median(s.saves[0])),
 			median(ratios(s.looks, s.saves[0])), median(ratios(s.saves[1], s.saves[0])), s.count)
-		if s.want == exec.StateInstalled && median(s.looks) > 200*time.Millisecond {
+		if median(s.looks)-median(s.saves[0]) > 200*time.Millisecond {
 			page.Bad++
 		}
 	}

@@ -382,7 +382,7 @@ func (x *shadows) drafts() (out []draft) {
 	}
 	// A name that nobody has, where there is no way to other hosts yet.
 	if x.outer = way.Interface; x.outer == "" || x.outer == "lo" {
-		x.outer = "none"
+		x.outer = noInterface
 	}
 	loopback := netip.IPv6Loopback()
 	passing4, passing := tproxy.PassthroughAddresses()
@@ -438,6 +438,10 @@ func (x *shadows) drafts() (out []draft) {
 		}
 		return d
 	}
+	// What comes back to a process through lo: by then it is again from where the
+	// process has sent to.
+	back := draft{packet: sim.Packet{Path: sim.In, Protocol: rules.TCP, State: sim.Established}, src: fromFar, dst: fromHere, sport: anyPort, dport: dim[uint16]{own: client.own, only: true},
+		uid: anyone, gid: anyone, through: dim[string]{own: []string{"lo"}, only: true}, mark: user(0), answer: true, general: true}
 	if !c.Inbound.Off {
 		self := process
 		self.uid, self.dst, self.inside = proxy, fromHere, true
@@ -446,7 +450,7 @@ func (x *shadows) drafts() (out []draft) {
 		out = append(out, self, loop, later(in), answer(in, near, port(c.Inbound.Port)))
 	}
 	if !c.Outbound.Off {
-		out = append(out, later(process), answer(process, loopback, port(c.Outbound.Port)))
+		out = append(out, later(process), answer(process, loopback, port(c.Outbound.Port)), back)
 	}
 	if c.DNS.On() {
 		query := process
@@ -459,7 +463,8 @@ func (x *shadows) drafts() (out []draft) {
 		}
 		query.dst = dim[netip.Addr]{own: append(servers, far...), tests: []func(netip.Addr) bool{func(a netip.Addr) bool { return a.Is4() == near.Is4() }}}
 		query.inside = len(servers) > 0 && x.env.IsLocal(servers[0])
-		out = append(out, query, answer(query, loopback, port(c.DNS.Port)))
+		back.packet.Protocol, back.src, back.sport = rules.UDP, query.dst, port(53)
+		out = append(out, query, answer(query, loopback, port(c.DNS.Port)), back)
 		if x.plan.DNSOverTCP() {
 			query.packet.Protocol = rules.TCP
 			out = append(out, query)
@@ -470,7 +475,14 @@ func (x *shadows) drafts() (out []draft) {
 	left.uid, left.general, left.left = proxy, false, true
 	pass := left
 	pass.src, pass.dst, pass.inside = is(passing), fromHere, true
-	return append(out, left, pass)
+	here := process
+	here.dst, here.inside, here.general, here.left = dim[netip.Addr]{own: append(slices.Clone(fromHere.own), loopback), only: true}, true, false, true
+	if c.DNS.On() {
+		asked := left
+		asked.packet.Protocol, asked.dport = rules.UDP, port(53)
+		out = append(out, asked)
+	}
+	return append(out, left, pass, here)
 }
 
 // own tries packets that rules of ours match.
@@ -788,7 +800,7 @@ func (x *shadows) try(p sim.Packet) {
 		}
 		if !x.escapes(p, alone) {
 			x.unsure++
-			x.cannot("%s: %s", p, trace.Reason)
+			x.cannot("%s: %s", x.text(p), trace.Reason)
 			return
 		}
 	}
@@ -797,7 +809,7 @@ func (x *shadows) try(p sim.Packet) {
 		x.publish(trace, step)
 		return
 	}
-	x.shadow(tproxy.DriftShadowed, trace, fmt.Sprintf("%s: %s, and by ours alone %s", p, trace.Verdict, alone))
+	x.shadow(tproxy.DriftShadowed, trace, fmt.Sprintf("%s: %s, and by ours alone %s", x.text(p), trace.Verdict, alone))
 }
 
 // publish notes a port that others answer for, the first ones by name.
@@ -822,20 +834,21 @@ func (x *shadows) theirs(v, alone sim.Verdict) bool {
 // anything: it must arrive, and be known to connection tracking as what opened.
 func (x *shadows) answered(p sim.Packet, alone sim.Verdict) {
 	trace := sim.WalkAll(x.sets, x.env, p)
-	untracked := slices.ContainsFunc(trace.Steps, func(s sim.Step) bool {
+	tracked := p.Path == sim.In && p.InInterface == "lo" // already: raw has no say any more
+	untracked := !tracked && slices.ContainsFunc(trace.Steps, func(s sim.Step) bool {
 		_, is := s.Rule.Action.(rules.NoTrack)
 		return is && s.Matched && s.Hook != rules.Input && !(p.Path == sim.Out && s.Hook == rules.Prerouting)
 	})
 	switch {
 	case untracked:
-		x.shadow(tproxy.DriftShadowed, trace, fmt.Sprintf("%s: it is kept out of connection tracking", p))
+		x.shadow(tproxy.DriftShadowed, trace, fmt.Sprintf("%s: it is kept out of connection tracking", x.text(p)))
 	case trace.Kind == sim.Unknown:
 		if alone.Kind != sim.Unknown {
 			x.unsure++
-			x.cannot("%s: %s", p, trace.Reason)
+			x.cannot("%s: %s", x.text(p), trace.Reason)
 		}
-	case trace.Kind == sim.Dropped, trace.Kind == sim.Refused, trace.Zone != alone.Zone:
-		x.shadow(tproxy.DriftShadowed, trace, fmt.Sprintf("%s: %s", p, trace.Verdict))
+	case trace.Kind == sim.Dropped, trace.Kind == sim.Refused, trace.Zone != alone.Zone && !tracked:
+		x.shadow(tproxy.DriftShadowed, trace, fmt.Sprintf("%s: %s", x.text(p), trace.Verdict))
 	}
 }
 
@@ -874,6 +887,21 @@ func (x *shadows) shadow(kind tproxy.DriftKind, trace sim.Trace, why string) {
 	}
 }
 
+// noInterface is the name of an interface that nobody has.
+const noInterface = "none"
+
+// named is the packet without an interface that nobody has.
+func named(p sim.Packet) sim.Packet {
+	for _, in := range []*string{&p.InInterface, &p.OutInterface} {
+		if *in == noInterface {
+			*in = ""
+		}
+	}
+	return p
+}
+
+func (x *shadows) text(p sim.Packet) string { return named(p).String() }
+
 // filter walks a packet that ours redirect, or an answer to one, through filters too.
 // One that drops what comes from some other host, or from some user, is the operator's.
 func (x *shadows) filter(p sim.Packet) {
@@ -884,11 +912,7 @@ func (x *shadows) filter(p sim.Packet) {
 	if before := sim.DecideAll(x.sets, x.env, p); before.Kind != alone.Kind || before.Elsewhere {
 		return // it was told already
 	}
-	for _, in := range []*string{&p.InInterface, &p.OutInterface} {
-		if *in == "none" {
-			*in = ""
-		}
-	}
+	p = named(p)
 	trace := sim.WalkAll(x.all, x.env, p)
 	what := fmt.Sprintf("redirected connections, which come to port %d", alone.Port)
 	if p.State == sim.Established {

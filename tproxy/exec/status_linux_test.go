@@ -161,7 +161,7 @@ func (x *watched) draw(c tproxy.Config) {
 }
 
 // wrong sends the flows until one goes wrong, or, with all, each of them, and
-// returns those that did so twice.
+// returns those that then did so twice.
 //
 // What ours leave alone is others' to decide, and a filter of theirs may drop it: with
 // foreign, of such a flow only that it reaches the proxy is wrong.
@@ -175,7 +175,7 @@ func (x *watched) wrong(all, foreign bool) (out []string) {
 	var mu sync.Mutex
 	var senders sync.WaitGroup
 	next := make(chan judged)
-	for range 48 {
+	for range 256 { // most of what goes wrong waits for a timeout
 		senders.Go(func() {
 			for j := range next {
 				p := j.packet
@@ -188,7 +188,7 @@ func (x *watched) wrong(all, foreign bool) (out []string) {
 					network = "udp"
 				}
 				who := ""
-				for range 2 { // a machine under load: what is wrong is wrong again
+				for try := 0; try < 1 || try < 2 && all; try++ { // a machine under load: what is wrong is wrong again
 					seen, err := x.Dial(n, uid, network, src, p.Destination)
 					if who = seen.Who; err != nil {
 						who = err.Error()
@@ -496,13 +496,13 @@ func TestStatusCounts(t *testing.T) {
 
 // Whatever somebody does to the rules, Status never says installed where a flow goes
 // wrong, and after a repair it says installed again.
-func TestStatusSeesRandomEdits(t *testing.T) { vandals(t, 25, 1) }
+func TestStatusSeesRandomEdits(t *testing.T) { vandals(t, 12, 1) }
 
 func TestStressStatusSeesRandomEdits(t *testing.T) {
 	if !stress() {
 		t.Skip("TPROXY_SUITE does not name stress")
 	}
-	vandals(t, 200, 2)
+	vandals(t, 200, 3)
 }
 
 func vandals(t *testing.T, edits int, seed uint64) {

@@ -163,6 +163,15 @@ func TestStatusOfDrift(t *testing.T) {
 		{"answers dropped", tproxy.Config{}, func(t *testing.T, m *fakeMachine) {
 			m.edit(t, "iptables-nft", "*mangle\n-A OUTPUT -p tcp -m tcp --sport 15001 -j DROP\nCOMMIT\n")
 		}, StateDrifted, []string{"~ shadowed: IPv4 mangle OUTPUT #1"}},
+		{"what comes back dropped", tproxy.Config{}, func(t *testing.T, m *fakeMachine) {
+			m.edit(t, "iptables-nft", "*mangle\n-A PREROUTING -s 198.18.0.0/15 ! -i eth0 -p tcp -j DROP\nCOMMIT\n")
+		}, StateDrifted, []string{"~ shadowed: IPv4 mangle PREROUTING #1"}},
+		{"what is for this host itself sent to the proxy", tproxy.Config{}, func(t *testing.T, m *fakeMachine) {
+			m.edit(t, "iptables-nft", "*nat\n-I OUTPUT 1 -o lo -p tcp -m owner --uid-owner 1001 -j REDIRECT --to-ports 15001\nCOMMIT\n")
+		}, StateDrifted, []string{"~ shadowed: IPv4 nat OUTPUT #1"}},
+		{"the proxy's queries sent to the proxy", tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}}, func(t *testing.T, m *fakeMachine) {
+			m.edit(t, "iptables-nft", "*nat\n-A OUTPUT -d 198.18.0.0/15 -p udp -m udp --dport 53 -j REDIRECT --to-ports 15053\nCOMMIT\n")
+		}, StateDrifted, []string{"~ shadowed: IPv4 nat OUTPUT #3"}},
 		{"a policy of raw", tproxy.Config{}, func(t *testing.T, m *fakeMachine) {
 			m.edit(t, "iptables-nft", "*raw\n:PREROUTING DROP [0:0]\nCOMMIT\n")
 		}, StateDrifted, []string{"~ shadowed: IPv4 raw PREROUTING policy DROP"}},
