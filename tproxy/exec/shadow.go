@@ -597,6 +597,9 @@ func (g *gather) rule(d draft, r rules.Rule, depth int, last bool) {
 	if target != "" {
 		if _, ours := g.ours.Chain(g.table, target); !ours {
 			_, away := r.Action.(rules.Goto)
+			if away && last && !g.behind { // at the end of that chain the base chain ends too
+				g.out = append(g.out, leaf{draft: d})
+			}
 			for _, r := range g.chains[g.set][place{g.table, target}] {
 				g.rule(d, r, depth+1, last && away)
 			}

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -51,6 +52,7 @@ type watched struct {
 	host  tproxy.Host
 	flows []judged
 	clean [2]string // what each family's save program prints, nothing but ours
+	ports atomic.Uint32
 }
 
 // judged is a flow and who has to answer it.
@@ -180,15 +182,17 @@ func (x *watched) wrong(all, foreign bool) (out []string) {
 			for j := range next {
 				p := j.packet
 				n, uid, network := x.Host, x.uid(p.UID), "tcp"
-				var src netip.AddrPort
 				if p.Path == sim.In {
-					n, uid, src = x.Client, 0, p.Source
+					n, uid = x.Client, 0
 				}
 				if p.Protocol == rules.UDP {
 					network = "udp"
 				}
 				who := ""
 				for try := 0; try < 1 || try < 2 && all; try++ { // a machine under load: what is wrong is wrong again
+					// A port of its own: conntrack knows for a while what somebody else's
+					// connection from the same one was redirected to.
+					src := netip.AddrPortFrom(p.Source.Addr(), uint16(20000+x.ports.Add(1)%45000))
 					seen, err := x.Dial(n, uid, network, src, p.Destination)
 					if who = seen.Who; err != nil {
 						who = err.Error()
