@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"log/slog"
 	osexec "os/exec"
-	"slices"
 	"strings"
 	"time"
 
@@ -89,9 +88,9 @@ func run(rounds int, date, out string) error {
 		"can go that uses them. Medians; the ratio is the median of those of the rounds, noise that of bare to bare.\nThe 20,000 rules are kube-proxy's, of IPv4, for %d services with two endpoints each.\n", services)
 	page.Linef("%-15s %-28s %9s %9s %7s %7s %10s", "", "", "look, ms", "bare, ms", "ratio", "noise", "processes")
 	for _, s := range scenes {
-		page.Linef("%-15s %-28s %9.1f %9.1f %7.2f %7.2f %10d", s.Backend, s.name, ms(median(s.looks)), ms(median(s.saves[0])),
-			median(ratios(s.looks, s.saves[0])), median(ratios(s.saves[1], s.saves[0])), s.count)
-		if median(s.looks)-median(s.saves[0]) > 200*time.Millisecond {
+		page.Linef("%-15s %-28s %9.1f %9.1f %7.2f %7.2f %10d", s.Backend, s.name, ms(crowd.Median(s.looks)), ms(crowd.Median(s.saves[0])),
+			crowd.Median(crowd.Ratios(s.looks, s.saves[0])), crowd.Median(crowd.Ratios(s.saves[1], s.saves[0])), s.count)
+		if crowd.Median(s.looks)-crowd.Median(s.saves[0]) > 200*time.Millisecond {
 			page.Bad++
 		}
 	}
@@ -168,23 +167,6 @@ func (p *processes) Handle(_ context.Context, r slog.Record) error {
 		p.n++
 	}
 	return nil
-}
-
-// ratios are round by round: what else the machine did met both.
-func ratios(d, to []time.Duration) []float64 {
-	out := make([]float64, len(d))
-	for i := range d {
-		out[i] = float64(d[i]) / float64(to[i])
-	}
-	return out
-}
-
-func median[T time.Duration | float64](v []T) T {
-	v = slices.Sorted(slices.Values(v))
-	if len(v)%2 == 1 {
-		return v[len(v)/2]
-	}
-	return (v[len(v)/2-1] + v[len(v)/2]) / 2
 }
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }

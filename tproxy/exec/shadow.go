@@ -869,6 +869,11 @@ func (x *shadows) shadow(kind tproxy.DriftKind, trace sim.Trace, why string) {
 			}
 		}
 	}
+	for i := len(trace.Steps) - 1; i >= 0 && !ok; i-- { // a goto, at whose end all ended
+		if s := trace.Steps[i]; s.Matched && s.Table == rules.NAT {
+			step, ok = s, true
+		}
+	}
 	if ok {
 		rule := step.Rule
 		rule.Why = ""

@@ -138,7 +138,7 @@ func TestStatusOfDrift(t *testing.T) {
 		}, StateDrifted, []string{"~ shadowed: IPv4 nat MINE #2"}},
 		{"a goto that does not come back", tproxy.Config{}, func(t *testing.T, m *fakeMachine) {
 			m.edit(t, "iptables-nft", "*nat\n:MINE - [0:0]\n-I OUTPUT 1 -p tcp -m multiport --dports 22,443 -m owner --uid-owner 1001 -g MINE\n-A MINE -p udp -j RETURN\nCOMMIT\n")
-		}, StateDrifted, []string{"~ shadowed: IPv4"}},
+		}, StateDrifted, []string{"~ shadowed: IPv4 nat OUTPUT #1"}},
 		{"a jump that comes back", tproxy.Config{}, func(t *testing.T, m *fakeMachine) {
 			m.edit(t, "iptables-nft", "*nat\n:MINE - [0:0]\n:OTHER - [0:0]\n-I OUTPUT 1 -p tcp -m multiport --dports 22,443 -m owner --uid-owner 1001 -j MINE\n-A MINE -p tcp -g OTHER\n-A OTHER -p tcp -j RETURN\nCOMMIT\n")
 		}, StateInstalled, nil},
