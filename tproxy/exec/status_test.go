@@ -144,7 +144,7 @@ func TestStatusOfDrift(t *testing.T) {
 		}, StateInstalled, nil},
 		{"a user's excluded port sent to the proxy from behind", tproxy.Config{Outbound: tproxy.Outbound{ExcludePortsForUIDs: []tproxy.UIDExclusion{
 			{Protocol: rules.TCP, Ports: rules.MustPorts("2525"), UIDs: rules.MustUIDs("1001")}}}}, func(t *testing.T, m *fakeMachine) {
-			m.edit(t, "iptables-nft", "*nat\n-A OUTPUT -p tcp -m owner ! --uid-owner 5678 -j REDIRECT --to-ports 15001\nCOMMIT\n")
+			m.edit(t, "iptables-nft", "*nat\n-A OUTPUT ! -o lo -p tcp -m owner ! --uid-owner 5678 -j REDIRECT --to-ports 15001\nCOMMIT\n")
 		}, StateDrifted, []string{"~ shadowed: IPv4 nat OUTPUT #2", "uid=1001"}},
 		{"ports that overlap in part", tproxy.Config{}, func(t *testing.T, m *fakeMachine) {
 			m.edit(t, "iptables-nft", "*nat\n:MINE - [0:0]\n-I OUTPUT 1 -p tcp -m tcp --dport 100:1024 -j MINE\n-A MINE -p tcp -m tcp --dport 50:200 -j ACCEPT\nCOMMIT\n")
