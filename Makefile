@@ -3,7 +3,7 @@
 demo: ; @hack/deps demo && go run ./examples/quickstart
 test: ; @hack/test
 test-all: ; @hack/test -all
-bench: ; @hack/deps test && go run ./bench/install && go test -run '^$$' -bench . ./tproxy/...
+bench: ; @hack/deps test && go run ./bench/install && go run ./bench/inspect && go test -run '^$$' -bench . ./tproxy/...
 lint: ; @hack/check
 build: ; CGO_ENABLED=0 go build -trimpath -o kumactl ./cli/cmd/kumactl
 mutate: ; @TPROXY_SUITE=mutate go test -count=1 -v -run '^TestMutants$$' ./tproxy

@@ -46,8 +46,8 @@ func TestReadmeCommands(t *testing.T) {
 			}
 		}
 	}
-	if ran != 9 {
-		t.Errorf("%d blocks of commands were run, want 9", ran)
+	if ran != 10 {
+		t.Errorf("%d blocks of commands were run, want 10", ran)
 	}
 	if after := rules(); tables(after) != tables(before) {
 		t.Errorf("after the uninstall:\n%s\nbefore the install:\n%s", after, before)

@@ -3,6 +3,7 @@ package tproxy
 import (
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
@@ -144,7 +145,10 @@ func drifted(changes []rules.Change, want rules.Set) (out []Drift) {
 		}
 	}
 	for _, c := range changes {
-		d.Index, d.Was, d.Is, d.Why = c.Index, "", bare(c.Rule), c.Rule.Why
+		d.Index, d.Was, d.Is, d.Why = c.Index, "", bare(c.Rule), Reason(c.Rule)
+		if c.Rule.At > 0 { // among the rules of others
+			d.Index = c.Rule.At
+		}
 		switch c.Kind {
 		case rules.Misordered:
 			d.Kind, d.Is, d.Why = DriftReordered, "", fmt.Sprintf("from #%d on the rules stand in another order", c.Index)
@@ -162,7 +166,7 @@ func drifted(changes []rules.Change, want rules.Set) (out []Drift) {
 				return m.Index == c.Index || m.Rule.Why != "" && m.Rule.Why == c.Rule.Why
 			})
 			if i >= 0 {
-				d.Kind, d.Was, d.Why = DriftChanged, bare(missing[i].Rule), missing[i].Rule.Why
+				d.Kind, d.Was, d.Why = DriftChanged, bare(missing[i].Rule), Reason(missing[i].Rule)
 				missing = slices.Delete(missing, i, i+1)
 			}
 		default:
@@ -171,7 +175,7 @@ func drifted(changes []rules.Change, want rules.Set) (out []Drift) {
 		out = append(out, d)
 	}
 	for _, c := range missing {
-		out = append(out, Drift{Kind: DriftMissing, Family: c.Family, Table: c.Table, Chain: c.Chain, Index: c.Index, Was: bare(c.Rule), Why: c.Rule.Why})
+		out = append(out, Drift{Kind: DriftMissing, Family: c.Family, Table: c.Table, Chain: c.Chain, Index: c.Index, Was: bare(c.Rule), Why: Reason(c.Rule)})
 	}
 	return out
 }
@@ -181,6 +185,13 @@ func bare(r rules.Rule) string {
 	r.Why = ""
 	return r.String()
 }
+
+// Reason is a rule's reason as people read it: without the words by which Kuma's own
+// uninstall knows the jumps.
+func Reason(r rules.Rule) string { return strings.TrimPrefix(r.Why, commentPrefix) }
+
+// RecordChain is where the record of an install stands.
+func RecordChain() (t rules.Table, name string) { return rules.NAT, chainRecord }
 
 // IsRecord reports whether the rules of a chain are the record of an install.
 func IsRecord(t rules.Table, chain string) bool { return t == rules.NAT && chain == chainRecord }

@@ -28,6 +28,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/kumahq/kuma-tproxy/bench/internal/crowd"
 	"github.com/kumahq/kuma-tproxy/tproxy"
 )
 
@@ -178,23 +179,6 @@ type result struct {
 	processes [ops]int
 }
 
-// ratios are round by round: what else the machine did met both.
-func ratios(d, to []time.Duration) []float64 {
-	out := make([]float64, len(d))
-	for i := range d {
-		out[i] = float64(d[i]) / float64(to[i])
-	}
-	return out
-}
-
-func median[T time.Duration | float64](v []T) T {
-	v = slices.Sorted(slices.Values(v))
-	if len(v)%2 == 1 {
-		return v[len(v)/2]
-	}
-	return (v[len(v)/2-1] + v[len(v)/2]) / 2
-}
-
 func report(w io.Writer, results []result, roles []string) {
 	row := func(first, second string, cells [ops]string) {
 		fmt.Fprintf(w, "%-24s %-6s", first, second)
@@ -209,7 +193,7 @@ func report(w io.Writer, results []result, roles []string) {
 		for _, r := range results {
 			var c [ops]string
 			for op := range c {
-				c[op] = fmt.Sprintf("%.2f", median(ratios(r.times[role][op], r.times[to][op])))
+				c[op] = fmt.Sprintf("%.2f", crowd.Median(crowd.Ratios(r.times[role][op], r.times[to][op])))
 			}
 			row(r.Backend.String(), strconv.Itoa(r.N), c)
 		}
@@ -239,7 +223,7 @@ the restores of both families of the same scripts, and for the same again the sa
 		for _, role := range roles {
 			var c [ops]string
 			for op := range c {
-				c[op] = fmt.Sprintf("%.1f", float64(median(r.times[role][op]))/float64(time.Millisecond))
+				c[op] = fmt.Sprintf("%.1f", float64(crowd.Median(r.times[role][op]))/float64(time.Millisecond))
 			}
 			row(r.Backend.String()+" "+role, strconv.Itoa(r.N), c)
 		}

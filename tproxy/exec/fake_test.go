@@ -104,14 +104,14 @@ func newFakeMachineAt(proc string) *fakeMachine {
 }
 
 // fakeProc is a /proc in which nobody listens.
-func fakeProc(t *testing.T) string {
+func fakeProc(t testing.TB) string {
 	dir := t.TempDir()
 	writeProc(t, dir, "thread-self/net/tcp", "header\n")
 	writeProc(t, dir, "thread-self/net/udp", "header\n")
 	return dir
 }
 
-func writeProc(t *testing.T, dir, name, text string) {
+func writeProc(t testing.TB, dir, name, text string) {
 	t.Helper()
 	path := filepath.Join(dir, name)
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {

@@ -71,6 +71,7 @@ func (r *Runner) Preflight(ctx context.Context, p *tproxy.Plan) (*Preflight, err
 	for _, f := range p.Families {
 		then.hindrances(p, f)
 	}
+	then.unseen(p)
 	out.Hindered, out.Reasons, out.Notes = then.Drift, then.Reasons, then.Notes
 	out.Captured, err = s.captured(p)
 	if err != nil {
@@ -125,7 +126,10 @@ func (s *session) captured(p *tproxy.Plan) (out []Connection, err error) {
 	if err != nil {
 		return nil, err
 	}
-	env := sim.Env{Local: local2hosts(local)}
+	var env sim.Env
+	for _, a := range local {
+		env.Local = append(env.Local, hostPrefix(a.Addr()))
+	}
 	listens := map[uint16]bool{}
 	for _, so := range sockets {
 		if so.Listening {

@@ -13,6 +13,9 @@ import (
 // variants finds the programs of iptables, and what the kernel holds of each
 // variant. No table comes into being by it.
 func (s *session) variants(ctx context.Context) []tproxy.Variant {
+	if s.known != nil {
+		return s.known
+	}
 	nft := tproxy.Variant{Backend: tproxy.IPTablesNFT}
 	legacy := tproxy.Variant{Backend: tproxy.IPTablesLegacy}
 	for _, f := range rules.Families() {

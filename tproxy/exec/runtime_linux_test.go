@@ -8,6 +8,7 @@ import (
 	"os"
 	osexec "os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/kumahq/kuma-tproxy/internal/netlab"
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
@@ -46,11 +48,10 @@ func (w *world) start(name string, args ...string) {
 	})
 }
 
-// Contract 4.9: firewalld accepts whatever was translated. A port that its zone
-// closes reaches the proxy, which the notes say; an excluded one stays closed.
-func TestFirewalldAcceptsWhatWasTranslated(t *testing.T) {
-	runtimeSuite(t, "firewalld", "firewall-cmd", "dbus-daemon", "ip")
-	w := newWorld(t, tproxy.IPTablesNFT)
+// firewalld starts it on the lab's host, with lines of configuration, and waits until
+// it runs.
+func (w *world) firewalld(lines ...string) {
+	w.Helper()
 	// A copy of its configuration, in the lab's own mount namespace.
 	etc := filepath.Join(w.TempDir(), "firewalld")
 	if out, err := osexec.Command("cp", "-a", "/etc/firewalld", etc).CombinedOutput(); err != nil {
@@ -60,6 +61,18 @@ func TestFirewalldAcceptsWhatWasTranslated(t *testing.T) {
 		w.Fatal(err)
 	}
 	w.Cleanup(func() { _ = syscall.Unmount("/etc/firewalld", syscall.MNT_DETACH) })
+	conf := filepath.Join(etc, "firewalld.conf")
+	text, err := os.ReadFile(conf)
+	for _, l := range lines {
+		key, _, _ := strings.Cut(l, "=")
+		text = append(regexp.MustCompile(`(?m)^`+key+`=.*$`).ReplaceAll(text, nil), l+"\n"...)
+	}
+	if err == nil {
+		err = os.WriteFile(conf, text, 0o644)
+	}
+	if err != nil {
+		w.Fatal(err)
+	}
 	if err := os.MkdirAll("/run/dbus", 0o755); err != nil {
 		w.Fatal(err)
 	}
@@ -71,6 +84,56 @@ func TestFirewalldAcceptsWhatWasTranslated(t *testing.T) {
 		out, _ := w.Lab.Run(w.Context(), w.Host, "", "firewall-cmd", "--state")
 		return strings.Contains(out, "running")
 	})
+}
+
+// When firewalld starts it wipes what came by iptables-nft: a look says so, and what
+// its filter makes of an install that is made again.
+func TestFirewalldsWipeIsSeen(t *testing.T) {
+	runtimeSuite(t, "firewalld", "firewall-cmd", "dbus-daemon", "ip")
+	for _, c := range []struct {
+		line  string
+		state exec.State
+		says  string
+	}{
+		// Its default: what is redirected over IPv6 goes to ::1, which is in ::/96.
+		{"RFC3964_IPv4=yes", exec.StateDrifted, "~ filtered: IPv6 table inet firewalld"},
+		{"RFC3964_IPv4=no", exec.StateInstalled, "table inet firewalld may filter"},
+	} {
+		t.Run(c.line, func(t *testing.T) {
+			w := newWorld(t, tproxy.IPTablesNFT)
+			w.serve()
+			w.proxy(netlab.Answer)
+			w.install(tproxy.Config{})
+			w.check(flow{"B11", "1000 internet:80 => out"})
+			if s := w.status(); s.State != exec.StateInstalled {
+				w.Fatalf("before firewalld: %s", said(s))
+			}
+			w.firewalld(c.line)
+			if s := w.status(); s.State != exec.StateAbsent || !strings.Contains(said(s), "::6/128 is on lo") {
+				w.Errorf("after firewalld's start: %s", said(s))
+			}
+			w.checkFamilies([]int{0}, flow{"wiped", "1000 internet:80 => remote"})
+			w.install(tproxy.Config{})
+			if s := w.status(); s.State != c.state || !strings.Contains(said(s), c.says) {
+				w.Errorf("installed again, with firewalld: %s", said(s))
+			}
+			w.check(flow{"A5", "outside host:8080 => in"})
+			w.checkFamilies([]int{0}, flow{"B11", "1000 internet:80 => out"})
+			over6 := "out"
+			if c.state == exec.StateDrifted {
+				over6 = netlab.Timeout
+			}
+			w.checkFamilies([]int{1}, flow{"B11", "1000 internet:80 => " + over6})
+		})
+	}
+}
+
+// Contract 4.9: firewalld accepts whatever was translated. A port that its zone
+// closes reaches the proxy, which the notes say; an excluded one stays closed.
+func TestFirewalldAcceptsWhatWasTranslated(t *testing.T) {
+	runtimeSuite(t, "firewalld", "firewall-cmd", "dbus-daemon", "ip")
+	w := newWorld(t, tproxy.IPTablesNFT)
+	w.firewalld()
 	w.serve()
 	w.proxy(netlab.Answer)
 	closed := func(row string, port uint16) {

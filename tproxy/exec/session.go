@@ -23,7 +23,8 @@ type session struct {
 	lock               *os.File // what children inherit, while it is held
 	wait, waitInterval time.Duration
 	processes, retries int
-	counters           bool // whether rules are read with what they have counted
+	counters           bool             // whether rules are read with what they have counted
+	known              []tproxy.Variant // what variants has found, for a session that changes nothing
 
 	former map[place]rules.Set // to which the way back leads
 

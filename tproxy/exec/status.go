@@ -6,11 +6,11 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
 	"github.com/kumahq/kuma-tproxy/tproxy/dns"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
-	"github.com/kumahq/kuma-tproxy/tproxy/sim"
 )
 
 // State is how an install stands.
@@ -109,6 +109,15 @@ type looker struct {
 	jobs  []job // what is ours, in each variant and family
 	live  Live
 	found *Installation
+	// unread are the families of a variant whose rules could not be read, and two is
+	// whether there are two installs.
+	unread []LiveRules
+	two    bool
+}
+
+// missed reports whether what the install has in a family could not be read.
+func (l *looker) missed(f rules.Family) bool {
+	return slices.ContainsFunc(l.unread, func(u LiveRules) bool { return u.Family == f && u.Backend == l.found.Backend })
 }
 
 func (l *looker) cannot(format string, args ...any) {
@@ -141,6 +150,9 @@ func (l *looker) look(ctx context.Context) error {
 		}
 		return nil
 	}
+	if l.two {
+		return nil
+	}
 	config := l.found.Config
 	l.Config = &config
 	plan, err := l.plan(ctx)
@@ -162,6 +174,7 @@ func (l *looker) look(ctx context.Context) error {
 // read reads everybody's rules, once.
 func (l *looker) read(ctx context.Context) error {
 	variants := l.variants(ctx)
+	l.known = variants
 	read := reader{session: l.session, ctx: ctx, variants: variants, Live: &l.live}
 	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
 		for _, f := range rules.Families() {
@@ -170,6 +183,7 @@ func (l *looker) read(ctx context.Context) error {
 					return err
 				}
 				l.cannot("%v", err)
+				l.unread = append(l.unread, LiveRules{Family: f, Backend: b})
 			}
 		}
 	}
@@ -183,6 +197,7 @@ func (l *looker) read(ctx context.Context) error {
 		for _, f := range v.Ours {
 			if !slices.ContainsFunc(l.live.Rules, func(r LiveRules) bool { return r.Family == f && r.Backend == v.Backend }) {
 				l.cannot("%s rules of ours stand in %s, and its save program is not here", f, v.Backend)
+				l.unread = append(l.unread, LiveRules{Family: f, Backend: v.Backend})
 			}
 		}
 	}
@@ -196,6 +211,7 @@ func (l *looker) read(ctx context.Context) error {
 			continue
 		}
 		if _, err := tproxy.ReadRecord(j.before.Ours); err == nil {
+			l.two = true
 			l.cannot("installs stand in %s and in %s, each with a record, and which of them decides depends on which came first", l.found.Backend, j.variant.Backend)
 		}
 	}
@@ -226,6 +242,10 @@ func (l *looker) leftovers(ctx context.Context) error {
 		if err == nil && !c.nothing {
 			l.drift(tproxy.Drift{Kind: tproxy.DriftNames, Is: c.undo, Why: gone})
 		}
+	}
+	_, v6 := tproxy.PassthroughAddresses()
+	if there, err := l.m.hasAddress(v6); err == nil && there {
+		l.Notes = append(l.Notes, hostPrefix(v6).String()+" is on lo: an install may have been here, ours or Kuma's, whose rules are gone")
 	}
 	return ctx.Err()
 }
@@ -266,11 +286,19 @@ func (l *looker) plan(ctx context.Context) (*tproxy.Plan, error) {
 // compare compares the rules.
 func (l *looker) compare(plan *tproxy.Plan) {
 	for _, f := range plan.Families {
+		if l.missed(f) {
+			continue
+		}
 		found := l.ours(f)
 		l.Drift = append(l.Drift, plan.Drift(f, found.Ours)...)
 		for _, r := range found.References {
 			l.drift(tproxy.Drift{Kind: tproxy.DriftEntered, Family: f, Table: r.Table, Chain: r.Chain, Index: r.Index, Is: r.Rule.String(), Why: "others lead into a chain of ours"})
 		}
+	}
+	v4, v6 := l.recordOf(rules.IPv4), l.recordOf(rules.IPv6)
+	if len(v4) > 0 && len(v6) > 0 && !slices.Equal(v4, v6) {
+		_, chain := tproxy.RecordChain()
+		l.drift(tproxy.Drift{Kind: tproxy.DriftChanged, Family: rules.IPv6, Table: rules.NAT, Chain: chain, Why: "the record is another than that of IPv4"})
 	}
 	for _, j := range l.jobs {
 		where := j.variant.Backend != l.found.Backend
@@ -279,6 +307,16 @@ func (l *looker) compare(plan *tproxy.Plan) {
 			l.drift(tproxy.Drift{Kind: tproxy.DriftElsewhere, Family: j.family, Is: what, Why: "the install is in " + l.found.Backend.String() + " and has none there"})
 		}
 	}
+}
+
+// recordOf are the lines of a family's record.
+func (l *looker) recordOf(f rules.Family) (out []string) {
+	t, name := tproxy.RecordChain()
+	c, _ := l.ours(f).Ours.Chain(t, name)
+	for _, r := range c.Rules {
+		out = append(out, r.String())
+	}
+	return out
 }
 
 func (l *looker) address(plan *tproxy.Plan) error {
@@ -339,7 +377,7 @@ func (l *looker) count() {
 				if r.At > 0 {
 					at = r.At
 				}
-				l.Counters = append(l.Counters, Counter{f, t, chain, at, tproxy.Effect(t, chain, r), r.Why, r.Counter.Packets, r.Counter.Bytes})
+				l.Counters = append(l.Counters, Counter{f, t, chain, at, tproxy.Effect(t, chain, r), tproxy.Reason(r), r.Counter.Packets, r.Counter.Bytes})
 			}
 		}
 		for _, c := range ours.Bases {
@@ -367,7 +405,15 @@ func (l *looker) others(plan *tproxy.Plan) {
 		}
 		l.hindered(plan, f, sets, found.Ours)
 	}
+	l.unseen(plan)
+}
+
+// unseen speaks of what iptables does not show.
+func (l *looker) unseen(plan *tproxy.Plan) {
 	for _, h := range l.live.Hidden {
+		if h.What == "table inet firewalld" {
+			l.firewalld(plan)
+		}
 		if h.Late {
 			l.Notes = append(l.Notes, fmt.Sprintf("%s may filter what is redirected: iptables does not show it", h.What))
 			continue
@@ -383,18 +429,35 @@ func (l *looker) others(plan *tproxy.Plan) {
 // hindered looks in the rules of everybody in a family, ours among them, for what keeps
 // connections from where ours send them.
 func (l *looker) hindered(plan *tproxy.Plan, f rules.Family, sets []rules.Set, ours rules.Set) {
-	x := shadows{family: f, plan: plan, sets: slices.Clone(sets), ours: ours, looker: l}
+	x := shadows{family: f, plan: plan, all: sets, ours: ours, looker: l}
 	x.find()
-	if plan.Config.Inbound.Off {
+}
+
+// firewalldConf has firewalld.conf(5)'s settings, a key=value on a line.
+const firewalldConf = "/etc/firewalld/firewalld.conf"
+
+// firewalld says that a firewalld with RFC3964_IPv4, which is its default, rejects what
+// this host sends to ::/96: what is redirected over IPv6 goes to ::1, by an interface
+// that its filter takes for another than lo.
+func (l *looker) firewalld(p *tproxy.Plan) {
+	if !slices.Contains(p.Families, rules.IPv6) || p.Config.Outbound.Off && !p.Config.DNS.On() {
 		return
 	}
-	for _, s := range sets {
-		switch kind, what := inputFilter(f, s, plan.Config.Inbound.Port); {
-		case what == "":
-		case kind == sim.Unknown:
-			l.Notes = append(l.Notes, what)
-		default:
-			l.drift(tproxy.Drift{Kind: tproxy.DriftFiltered, Family: f, Table: rules.Filter, Chain: string(rules.Input), Why: what})
-		}
+	text, err := l.m.readFile(firewalldConf)
+	if err != nil {
+		l.Notes = append(l.Notes, fmt.Sprintf("whether firewalld rejects what is redirected over IPv6 cannot be told: %v", err))
+		return
 	}
+	for line := range strings.Lines(string(text)) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+		if strings.TrimSpace(key) != "RFC3964_IPv4" {
+			continue
+		}
+		if v := strings.ToLower(strings.TrimSpace(value)); v == "no" || v == "false" {
+			return
+		}
+		break // a second one is an error to firewalld, and the first one stands
+	}
+	l.drift(tproxy.Drift{Kind: tproxy.DriftFiltered, Family: rules.IPv6, Is: "table inet firewalld",
+		Why: "firewalld rejects what is redirected from this host over IPv6, to ::1: set RFC3964_IPv4=no in " + firewalldConf + " and restart it, or leave IPv6 alone with --ip-family-mode=ipv4"})
 }

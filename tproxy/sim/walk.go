@@ -61,6 +61,16 @@ func Decide(set rules.Set, env Env, p Packet) Verdict {
 	return w.walk()
 }
 
+// DecideAll is the verdict of WalkAll, without the way.
+func DecideAll(sets []rules.Set, env Env, p Packet) Verdict {
+	all := make([]*rules.Set, len(sets))
+	for i := range sets {
+		all[i] = &sets[i]
+	}
+	w := walker{sets: all, env: env, p: p}
+	return w.walk()
+}
+
 type walker struct {
 	sets   []*rules.Set
 	set    *rules.Set // the one of sets whose rules are walked,

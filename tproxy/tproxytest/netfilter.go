@@ -138,6 +138,10 @@ func (n *Netfilter) Restore(script []byte, stop func(rules.Table) bool) error {
 func (n *Netfilter) edit(s *rules.Set, t rules.Table, text string) string {
 	verb, rest, _ := strings.Cut(text, " ")
 	if name, ok := strings.CutPrefix(verb, ":"); ok {
+		if i := slices.IndexFunc(s.Bases, func(c rules.BaseChain) bool { return c.Table == t && string(c.Hook) == name }); i >= 0 {
+			s.Bases[i].Policy, _, _ = strings.Cut(rest, " ")
+			return ""
+		}
 		if i := chainAt(*s, t, name); i >= 0 {
 			s.Chains[i].Rules = nil
 		} else {

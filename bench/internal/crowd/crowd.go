@@ -13,6 +13,7 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -268,4 +269,22 @@ func (p *Page) Write(name string) error {
 		return fmt.Errorf("%d lines are not as they have to be", p.Bad)
 	}
 	return nil
+}
+
+// Ratios are round by round: what else the machine did met both.
+func Ratios(d, to []time.Duration) []float64 {
+	out := make([]float64, len(d))
+	for i := range d {
+		out[i] = float64(d[i]) / float64(to[i])
+	}
+	return out
+}
+
+// Median is the median of some values.
+func Median[T time.Duration | float64](v []T) T {
+	v = slices.Sorted(slices.Values(v))
+	if len(v)%2 == 1 {
+		return v[len(v)/2]
+	}
+	return (v[len(v)/2-1] + v[len(v)/2]) / 2
 }
