@@ -51,8 +51,21 @@ func (s *session) takesQueries(port uint16) (bool, error) {
 // filters says what the host's own packet filter makes of a redirected
 // connection, which it sees with the proxy's port.
 func (t *transaction) filters(p *tproxy.Plan) (notes []string) {
+	foreign, err := t.m.foreignTables()
+	if err != nil {
+		t.log.Warn("tables of nftables cannot be listed", "error", err)
+	}
+	firewalld := func(name string) bool { return strings.HasSuffix(name, " firewalld") }
+	others := slices.DeleteFunc(slices.Clone(foreign), firewalld)
+	if len(others) < len(foreign) {
+		if why, err := t.firewalldRejects(p); err != nil {
+			notes = append(notes, err.Error())
+		} else if why != "" {
+			notes = append(notes, why)
+		}
+	}
 	if p.Config.Inbound.Off {
-		return nil
+		return notes
 	}
 	for _, j := range t.jobs {
 		if j.variant.Backend == p.Backend && slices.Contains(p.Families, j.family) {
@@ -62,19 +75,8 @@ func (t *transaction) filters(p *tproxy.Plan) (notes []string) {
 		}
 	}
 	notes = append(notes, t.otherFilter(p)...)
-	foreign, err := t.m.foreignTables()
-	if err != nil {
-		t.log.Warn("tables of nftables cannot be listed", "error", err)
-	}
-	var others []string
-	for _, name := range foreign {
-		if strings.HasSuffix(name, " firewalld") {
-			notes = append(notes, "firewalld runs here and accepts whatever was translated: ports that its zones close now reach the proxy; exclude what must stay closed")
-			continue
-		}
-		if name != dockersTable { // it translates DNS and filters nothing
-			others = append(others, name)
-		}
+	if len(others) < len(foreign) {
+		notes = append(notes, "firewalld runs here and accepts whatever was translated: ports that its zones close now reach the proxy; exclude what must stay closed")
 	}
 	if len(others) > 0 {
 		notes = append(notes, fmt.Sprintf("tables of nftables that iptables does not show (%s) may filter too: let them admit TCP to port %d", strings.Join(others, ", "), p.Config.Inbound.Port))

@@ -89,3 +89,29 @@ func TestPortsThatNobodyListensOn(t *testing.T) {
 		}
 	}
 }
+
+// A firewalld with RFC3964_IPv4, its default, rejects what is redirected over IPv6: an
+// install says so, also one without inbound, and not where it is switched off or IPv6 is
+// left alone.
+func TestFirewalldRejectsIPv6(t *testing.T) {
+	const says = "RFC3964_IPv4=no"
+	for name, test := range map[string]struct {
+		conf   string
+		config tproxy.Config
+		want   bool
+	}{
+		"default":       {"", tproxy.Config{}, true},
+		"on":            {"RFC3964_IPv4=yes\n", tproxy.Config{Inbound: tproxy.Inbound{Off: true}}, true},
+		"off":           {"# a comment\n RFC3964_IPv4 = no\n", tproxy.Config{}, false},
+		"IPv4 alone":    {"", tproxy.Config{IPFamilyMode: tproxy.IPv4Only}, false},
+		"nothing there": {"", tproxy.Config{Outbound: tproxy.Outbound{Off: true}}, false},
+	} {
+		m := newFakeMachine(t)
+		m.foreign = []string{"inet firewalld"}
+		m.files[firewalldConf] = test.conf
+		r := m.install(t, test.config)
+		if got := strings.Contains(strings.Join(r.Notes, "\n"), says); got != test.want {
+			t.Errorf("%s: %q", name, r.Notes)
+		}
+	}
+}

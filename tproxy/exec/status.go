@@ -141,13 +141,14 @@ func (l *looker) look(ctx context.Context) error {
 	}
 	l.Backend, l.Families, l.Version = l.found.Backend, l.found.Families, l.found.Record.Version
 	l.count()
-	if l.found.Kuma {
+	l.onTrial()
+	switch err := l.found.Unknown; {
+	case err == nil:
+	case l.found.Kuma && errors.Is(err, tproxy.ErrNoRecord):
 		l.cannot("rules that Kuma's own installer made are there: what it was configured with is not known")
-	}
-	if l.found.Unknown != nil {
-		if !l.found.Kuma || !errors.Is(l.found.Unknown, tproxy.ErrNoRecord) {
-			l.cannot("%v", l.found.Unknown)
-		}
+		return nil
+	default:
+		l.cannot("%v", err)
 		return nil
 	}
 	if l.two {
@@ -169,6 +170,19 @@ func (l *looker) look(ctx context.Context) error {
 	l.others(plan)
 	l.Notes = append(l.Notes, l.listening(plan)...)
 	return nil
+}
+
+// onTrial says that what stands is not final yet.
+func (l *looker) onTrial() {
+	f, err := l.trial()
+	switch {
+	case err != nil:
+		l.Notes = append(l.Notes, err.Error())
+	case f != nil:
+		if t, err := l.describe(f); err == nil {
+			l.Notes = append(l.Notes, (&PendingError{t}).Error())
+		}
+	}
 }
 
 // read reads everybody's rules, once.
@@ -436,17 +450,27 @@ func (l *looker) hindered(plan *tproxy.Plan, f rules.Family, sets []rules.Set, o
 // firewalldConf has firewalld.conf(5)'s settings, a key=value on a line.
 const firewalldConf = "/etc/firewalld/firewalld.conf"
 
-// firewalld says that a firewalld with RFC3964_IPv4, which is its default, rejects what
-// this host sends to ::/96: what is redirected over IPv6 goes to ::1, by an interface
-// that its filter takes for another than lo.
+// firewalld is drift where firewalld rejects what is redirected.
 func (l *looker) firewalld(p *tproxy.Plan) {
-	if !slices.Contains(p.Families, rules.IPv6) || p.Config.Outbound.Off && !p.Config.DNS.On() {
-		return
+	why, err := l.firewalldRejects(p)
+	switch {
+	case err != nil:
+		l.Notes = append(l.Notes, err.Error())
+	case why != "":
+		l.drift(tproxy.Drift{Kind: tproxy.DriftFiltered, Family: rules.IPv6, Is: "table inet firewalld", Why: why})
 	}
-	text, err := l.m.readFile(firewalldConf)
+}
+
+// firewalldRejects says, where it is so, that a firewalld with RFC3964_IPv4, which is its
+// default, rejects what this host sends to ::/96: what is redirected over IPv6 goes to
+// ::1, by an interface that its filter takes for another than lo.
+func (s *session) firewalldRejects(p *tproxy.Plan) (why string, err error) {
+	if !slices.Contains(p.Families, rules.IPv6) || p.Config.Outbound.Off && !p.Config.DNS.On() {
+		return "", nil
+	}
+	text, err := s.m.readFile(firewalldConf)
 	if err != nil {
-		l.Notes = append(l.Notes, fmt.Sprintf("whether firewalld rejects what is redirected over IPv6 cannot be told: %v", err))
-		return
+		return "", fmt.Errorf("whether firewalld rejects what is redirected over IPv6 cannot be told: %w", err)
 	}
 	for line := range strings.Lines(string(text)) {
 		key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
@@ -454,10 +478,9 @@ func (l *looker) firewalld(p *tproxy.Plan) {
 			continue
 		}
 		if v := strings.ToLower(strings.TrimSpace(value)); v == "no" || v == "false" {
-			return
+			return "", nil
 		}
 		break // a second one is an error to firewalld, and the first one stands
 	}
-	l.drift(tproxy.Drift{Kind: tproxy.DriftFiltered, Family: rules.IPv6, Is: "table inet firewalld",
-		Why: "firewalld rejects what is redirected from this host over IPv6, to ::1: set RFC3964_IPv4=no in " + firewalldConf + " and restart it, or leave IPv6 alone with --ip-family-mode=ipv4"})
+	return "firewalld rejects what is redirected from this host over IPv6, to ::1: set RFC3964_IPv4=no in " + firewalldConf + " and restart it, or leave IPv6 alone with --ip-family-mode=ipv4", nil
 }
