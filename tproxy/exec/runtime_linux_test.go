@@ -46,17 +46,29 @@ func (w *world) start(name string, args ...string) {
 	})
 }
 
-// Contract 4.9: firewalld accepts whatever was translated. A port that its zone
-// closes reaches the proxy, which the notes say; an excluded one stays closed.
-func TestFirewalldAcceptsWhatWasTranslated(t *testing.T) {
-	runtimeSuite(t, "firewalld", "firewall-cmd", "dbus-daemon", "ip")
-	w := newWorld(t, tproxy.IPTablesNFT)
-	// A copy of its configuration, in the lab's own mount namespace.
-	etc := filepath.Join(w.TempDir(), "firewalld")
+// firewalld starts the real one on the lab's host, with settings of firewalld.conf such
+// as "FirewallBackend=iptables", and returns the folder of its configuration: a copy, in
+// the lab's own mount namespace.
+func (w *world) firewalld(settings ...string) (etc string) {
+	w.Helper()
+	etc = filepath.Join(w.TempDir(), "firewalld")
 	if out, err := osexec.Command("cp", "-a", "/etc/firewalld", etc).CombinedOutput(); err != nil {
 		w.Fatalf("cp: %v: %s", err, out)
 	}
-	if err := syscall.Mount(etc, "/etc/firewalld", "", syscall.MS_BIND, ""); err != nil {
+	file := filepath.Join(etc, "firewalld.conf")
+	text, err := os.ReadFile(file)
+	lines := strings.Split(string(text), "\n")
+	for _, s := range settings {
+		key, _, _ := strings.Cut(s, "=")
+		lines = append(slices.DeleteFunc(lines, func(l string) bool { return strings.HasPrefix(l, key+"=") }), s)
+	}
+	if err == nil {
+		err = os.WriteFile(file, []byte(strings.Join(lines, "\n")+"\n"), 0o644)
+	}
+	if err == nil {
+		err = syscall.Mount(etc, "/etc/firewalld", "", syscall.MS_BIND, "")
+	}
+	if err != nil {
 		w.Fatal(err)
 	}
 	w.Cleanup(func() { _ = syscall.Unmount("/etc/firewalld", syscall.MNT_DETACH) })
@@ -71,6 +83,15 @@ func TestFirewalldAcceptsWhatWasTranslated(t *testing.T) {
 		out, _ := w.Lab.Run(w.Context(), w.Host, "", "firewall-cmd", "--state")
 		return strings.Contains(out, "running")
 	})
+	return etc
+}
+
+// Contract 4.9: firewalld accepts whatever was translated. A port that its zone
+// closes reaches the proxy, which the notes say; an excluded one stays closed.
+func TestFirewalldAcceptsWhatWasTranslated(t *testing.T) {
+	runtimeSuite(t, "firewalld", "firewall-cmd", "dbus-daemon", "ip")
+	w := newWorld(t, tproxy.IPTablesNFT)
+	w.firewalld()
 	w.serve()
 	w.proxy(netlab.Answer)
 	closed := func(row string, port uint16) {
