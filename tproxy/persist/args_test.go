@@ -14,6 +14,12 @@ func FirewalldLine(t rapid.TB, text string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	for _, a := range args {
+		// Words of firewalld's templates, and the option by which it finds the table.
+		if slices.Contains([]string{"%%REJECT%%", "%%ICMP%%", "%%LOGTYPE%%", "-t", "--table"}, a) {
+			t.Fatalf("firewalld replaces %s in %q", a, text)
+		}
+	}
 	return restoreLine(args)
 }
 

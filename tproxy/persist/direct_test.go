@@ -206,6 +206,7 @@ func TestKumasEntriesGo(t *testing.T) {
   <rule ipv="ipv4" table="nat" chain="PREROUTING" priority="3">-p tcp -j KUMA_MESH_INBOUND</rule>
   <rule ipv="ipv4" table="nat" chain="OUTPUT" priority="3">-p udp --dport 53 -m owner --uid-owner 5678 -j RETURN</rule>
   <rule ipv="ipv4" table="nat" chain="OUTPUT" priority="3">-p udp --dport 53 -j REDIRECT --to-ports 15053</rule>
+  <rule ipv="ipv4" table="nat" chain="OUTPUT" priority="3">-p udp --dport 53 -d fd00::53/128 -j REDIRECT --to-ports 15053</rule>
   <rule ipv="ipv4" table="nat" chain="OUTPUT" priority="3">-p tcp -j KUMA_MESH_OUTBOUND</rule>
   <rule ipv="ipv4" table="nat" chain="KUMA_MESH_INBOUND" priority="3">-p tcp -j KUMA_MESH_INBOUND_REDIRECT</rule>
   <rule ipv="ipv4" table="nat" chain="KUMA_MESH_OUTBOUND" priority="3">-s 127.0.0.6/32 -o lo -j RETURN</rule>
@@ -459,11 +460,52 @@ func TestLoadedIsThePlansOrder(t *testing.T) {
 	})
 }
 
+// Rules have room in front of them and behind, unless others go further; the order of
+// the file is nothing to who reads it.
+func TestPriorities(t *testing.T) {
+	s := set(t, tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}})
+	for others, want := range map[string][]int{ // OUTPUT, PREROUTING
+		"":                               {-10000, -9999, 10000},
+		"OUTPUT -9999 PREROUTING 9999":   {-10001, -10000, 10000},
+		"OUTPUT -9998 PREROUTING 10000":  {-10000, -9999, 10001},
+		"OUTPUT 70000 PREROUTING -70000": {-10000, -9999, 10000},
+		"PREROUTING 2147483646 OUTPUT -2147483646": {-2147483648, -2147483647, 2147483647},
+	} {
+		var file strings.Builder
+		words := strings.Fields(others)
+		for i := 0; i < len(words); i += 2 {
+			fmt.Fprintf(&file, `<rule ipv="ipv4" table="nat" chain="%s" priority="%s">-j ACCEPT</rule>`, words[i], words[i+1])
+		}
+		merged := merge(t, []byte("<direct>"+file.String()+"</direct>"), s)
+		lines := strings.Split(string(merged), "\n")
+		slices.Reverse(lines[1 : len(lines)-1])
+		d, err := persist.ReadDirect([]byte(strings.Join(lines, "\n")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if changes := rules.Compare(rules.IPv4, d.Rules(rules.IPv4), s); changes != nil {
+			t.Error(changes)
+		}
+		var got []int
+		for _, hook := range []string{"OUTPUT", "PREROUTING"} {
+			for _, e := range d.Entries {
+				if e.IPv == "ipv4" && e.Table == "nat" && e.Chain == hook && e.Owner == persist.Ours {
+					got = append(got, e.Priority)
+				}
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: %d, want %d", others, got, want)
+		}
+	}
+}
+
 // FuzzRemove: whatever the bytes are, it is an error or a file out of which nothing more
 // goes, and entries of others stay.
 func FuzzRemove(f *testing.F) {
 	s := set(f, tproxy.Config{})
-	for _, seed := range []string{"", "<direct/>", "<direct>" + foreign + "</direct>", "\ufeff<direct>\r\n</direct>", "<direct><rule ipv='ipv4' table='nat' chain='KUMA_MESH_DNS' priority='0'>-j KUMA_MESH_DNS</rule></direct>"} {
+	for _, seed := range []string{"", "<direct/>", "<direct>" + foreign + "</direct>", "\ufeff<direct>\r\n</direct>", "<direct><rule ipv='ipv4' table='nat' chain='KUMA_MESH_DNS' priority='0'>-j KUMA_MESH_DNS</rule></direct>",
+		"<direct><rule ipv='ipv4' table='nat' chain='KUMA_MESH_DNS' priority='0'>-j<!-- kuma-tproxy: ours ends --> A</rule></direct>"} {
 		f.Add([]byte(seed))
 		f.Add(merge(f, []byte(seed), s))
 	}
