@@ -8,7 +8,6 @@ import (
 	"os"
 	osexec "os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -48,31 +47,32 @@ func (w *world) start(name string, args ...string) {
 	})
 }
 
-// firewalld starts it on the lab's host, with lines of configuration, and waits until
-// it runs.
-func (w *world) firewalld(lines ...string) {
+// firewalld starts the real one on the lab's host, with settings of firewalld.conf such
+// as "FirewallBackend=iptables", and returns the folder of its configuration: a copy, in
+// the lab's own mount namespace.
+func (w *world) firewalld(settings ...string) (etc string) {
 	w.Helper()
-	// A copy of its configuration, in the lab's own mount namespace.
-	etc := filepath.Join(w.TempDir(), "firewalld")
+	etc = filepath.Join(w.TempDir(), "firewalld")
 	if out, err := osexec.Command("cp", "-a", "/etc/firewalld", etc).CombinedOutput(); err != nil {
 		w.Fatalf("cp: %v: %s", err, out)
 	}
-	if err := syscall.Mount(etc, "/etc/firewalld", "", syscall.MS_BIND, ""); err != nil {
-		w.Fatal(err)
-	}
-	w.Cleanup(func() { _ = syscall.Unmount("/etc/firewalld", syscall.MNT_DETACH) })
-	conf := filepath.Join(etc, "firewalld.conf")
-	text, err := os.ReadFile(conf)
-	for _, l := range lines {
-		key, _, _ := strings.Cut(l, "=")
-		text = append(regexp.MustCompile(`(?m)^`+key+`=.*$`).ReplaceAll(text, nil), l+"\n"...)
+	file := filepath.Join(etc, "firewalld.conf")
+	text, err := os.ReadFile(file)
+	lines := strings.Split(string(text), "\n")
+	for _, s := range settings {
+		key, _, _ := strings.Cut(s, "=")
+		lines = append(slices.DeleteFunc(lines, func(l string) bool { return strings.HasPrefix(l, key+"=") }), s)
 	}
 	if err == nil {
-		err = os.WriteFile(conf, text, 0o644)
+		err = os.WriteFile(file, []byte(strings.Join(lines, "\n")+"\n"), 0o644)
+	}
+	if err == nil {
+		err = syscall.Mount(etc, "/etc/firewalld", "", syscall.MS_BIND, "")
 	}
 	if err != nil {
 		w.Fatal(err)
 	}
+	w.Cleanup(func() { _ = syscall.Unmount("/etc/firewalld", syscall.MNT_DETACH) })
 	if err := os.MkdirAll("/run/dbus", 0o755); err != nil {
 		w.Fatal(err)
 	}
@@ -84,6 +84,7 @@ func (w *world) firewalld(lines ...string) {
 		out, _ := w.Lab.Run(w.Context(), w.Host, "", "firewall-cmd", "--state")
 		return strings.Contains(out, "running")
 	})
+	return etc
 }
 
 // When firewalld starts it wipes what came by iptables-nft: a look says so, and what

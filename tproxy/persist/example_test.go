@@ -1,0 +1,44 @@
+package persist_test
+
+import (
+	"fmt"
+	"log"
+	"strings"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/persist"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// The rules of a plan go into a file of others, are read from it, and go again.
+func Example() {
+	plan, err := tproxy.Build(tproxy.Config{}, tproxy.Host{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	file := []byte("<direct>\n  <!-- ours is the rack's -->\n</direct>\n")
+	merged, err := persist.MergeDirect(file, plan.WithRecord(tproxy.Record{Version: "v1.2.3"}))
+	if err != nil {
+		log.Fatal(err)
+	}
+	for line := range strings.Lines(string(merged)) {
+		if strings.Contains(line, `"PREROUTING"`) {
+			fmt.Print(line)
+		}
+	}
+	d, err := persist.ReadDirect(merged)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(len(rules.Compare(rules.IPv4, d.Rules(rules.IPv4), plan.WithRecord(tproxy.Record{Version: "v1.2.3"}))), "differences")
+	rest, removal, err := persist.RemoveDirect(merged)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(string(rest) == string(file), removal.Rewritten)
+	// Output:
+	//   <rule ipv="ipv4" table="nat" chain="PREROUTING" priority="10000">-p tcp -m tcp --syn -m addrtype --dst-type LOCAL -m comment --comment 'kuma/mesh/transparent/proxy/a new TCP connection to an address of this host' -j KUMA_MESH_INBOUND</rule>
+	//   <rule ipv="ipv6" table="nat" chain="PREROUTING" priority="10000">-p tcp -m tcp --syn -m addrtype --dst-type LOCAL -m comment --comment 'kuma/mesh/transparent/proxy/a new TCP connection to an address of this host' -j KUMA_MESH_INBOUND</rule>
+	// 0 differences
+	// true false
+}
