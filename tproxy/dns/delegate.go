@@ -33,11 +33,12 @@ type DelegateChange struct {
 
 	before, after []byte // nil is no file
 	folder        bool   // whether it is made, or goes, too
+	stale         bool   // whether a killed run left its file beside it, which goes
 }
 
 // Nothing reports whether the file is as it is to be.
 func (c DelegateChange) Nothing() bool {
-	return (c.before == nil) == (c.after == nil) && bytes.Equal(c.before, c.after)
+	return !c.stale && (c.before == nil) == (c.after == nil) && bytes.Equal(c.before, c.after)
 }
 
 // Before is the control plane that the file named; the zero Addr where it named
@@ -80,6 +81,11 @@ func (m DelegateManager) Inspect(a netip.Addr) (DelegateChange, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		info, err = Info{}, nil
 	}
+	if err != nil && !a.IsValid() {
+		if dir, e := m.FS.Lstat(path.Dir(m.Path)); e == nil && dir.Kind != Directory && dir.Kind != Symlink {
+			return c, nil // nothing of ours is in what is no folder
+		}
+	}
 	if err != nil {
 		return c, &FileError{Path: m.Path, What: "cannot be looked at", Err: err}
 	}
@@ -103,10 +109,18 @@ func (m DelegateManager) Inspect(a netip.Addr) (DelegateChange, error) {
 			}
 		}
 	}
+	temp := tempName(m.Path, "")
+	if left, err := m.FS.Lstat(temp); err == nil && left.Kind == Regular {
+		c.stale = true
+		if c.before == nil {
+			text, err := m.FS.ReadFile(temp, MaxSize+1)
+			c.folder = err == nil && bytes.HasPrefix(text, []byte(delegateFolderMark+"\n"))
+		}
+	}
 	if !a.IsValid() {
 		return c, nil
 	}
-	if c.before == nil {
+	if c.before == nil && !c.folder {
 		_, err := m.FS.Lstat(path.Dir(m.Path))
 		if c.folder = errors.Is(err, fs.ErrNotExist); err != nil && !c.folder {
 			return c, &FileError{Path: path.Dir(m.Path), What: "cannot be looked at", Err: err}
@@ -161,6 +175,11 @@ func (m DelegateManager) do(c DelegateChange) error {
 		}
 	}
 	if c.after == nil {
+		if c.stale {
+			if err := m.FS.Remove(tempName(m.Path, "")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+		}
 		if c.Aside == "" {
 			if err := m.FS.Remove(m.Path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err

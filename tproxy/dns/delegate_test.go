@@ -173,6 +173,25 @@ func TestDelegateFailsAnywhere(t *testing.T) {
 	}
 }
 
+// An uninstall takes what a killed install left beside the file, with the folder that
+// was made for it.
+func TestDelegateOfAKilledInstall(t *testing.T) {
+	for _, again := range []bool{false, true} {
+		d := newDisk(t).folder("/etc/systemd")
+		before := d.files()
+		d.folder(path.Dir(DelegatePath)).put(tempName(DelegatePath, ""), string(delegateText(cp, true)))
+		if again {
+			set(t, delegates(d), cp)
+		}
+		if c := set(t, delegates(d), netip.Addr{}); c.Nothing() {
+			t.Errorf("install again %v: %s", again, c)
+		}
+		if after := d.files(); !slices.Equal(after, before) {
+			t.Errorf("install again %v: %q before, %q after", again, before, after)
+		}
+	}
+}
+
 // firstLine is the mark of a file: who was killed when it had made the folder does
 // not know any more that it did.
 func firstLine(text string) string {
@@ -197,6 +216,8 @@ func TestSplit(t *testing.T) {
 		{OwnedError{Path: DefaultPath, Mode: ResolvedStub, Address: six}, NoSplit, "version not known"},
 		{OwnedError{Path: DefaultPath, Mode: ResolvedStub, Address: netip.MustParseAddr("127.0.0.1"), Systemd: 252}, NoSplit, "loopback"},
 		{OwnedError{Path: DefaultPath, Mode: ResolvedUplink, Address: four, Systemd: 262}, NoSplit, "past systemd-resolved"},
+		{OwnedError{Path: DefaultPath, Mode: ResolvedStub, Address: netip.MustParseAddr("127.0.0.53"), Systemd: 258}, NoSplit, "itself answers there"},
+		{OwnedError{Path: DefaultPath, Mode: ResolvedStub, Address: netip.MustParseAddr("127.0.0.54"), Systemd: 262}, NoSplit, "itself answers there"},
 		{OwnedError{Path: "/other", Mode: ResolvedStub, Address: four, Systemd: 262}, NoSplit, ""},
 		{OwnedError{Path: DefaultPath, Mode: NetworkManager, Address: four, Systemd: 262}, NoSplit, ""},
 	} {

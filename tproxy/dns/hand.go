@@ -76,6 +76,8 @@ func (e *OwnedError) resolved(a string) string {
 	switch {
 	case e.Mode == ResolvedUplink && e.Path == DefaultPath:
 		return stub
+	case e.own():
+		return "give the address at which the DNS server of the control plane answers, which is not " + a
 	case e.Systemd >= delegateVersion:
 		return delegate + "; " + drop
 	}

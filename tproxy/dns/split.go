@@ -38,6 +38,8 @@ func (e *OwnedError) Split() (s Split, why string) {
 		return NoSplit, "programs read systemd-resolved's own servers in it and ask them past systemd-resolved, for every name"
 	case e.Mode != ResolvedStub && e.Mode != ResolvedStatic:
 		return NoSplit, ""
+	case e.own():
+		return NoSplit, "systemd-resolved itself answers there, and takes no server at an address of its own"
 	case e.Systemd >= delegateVersion:
 		return Delegate, ""
 	case e.Address.Is6():
@@ -46,6 +48,12 @@ func (e *OwnedError) Split() (s Split, why string) {
 		return NoSplit, fmt.Sprintf("systemd is version %s: before %d it takes an interface of our own, which cannot have a loopback address", e.systemd(), delegateVersion)
 	}
 	return Link, ""
+}
+
+// own reports whether the address is one at which systemd-resolved itself answers; it
+// leaves them out of its servers (dns_server_address_valid, src/shared/resolve-util.c).
+func (e *OwnedError) own() bool {
+	return e.Address == netip.AddrFrom4([4]byte{127, 0, 0, 53}) || e.Address == netip.AddrFrom4([4]byte{127, 0, 0, 54})
 }
 
 func (e *OwnedError) systemd() string {

@@ -146,7 +146,9 @@ func (s *session) meshLink(ctx context.Context, a netip.Addr) (namesChange, erro
 		}
 		want = meshState{server: a, source: way.Source}
 	}
-	c := namesChange{nothing: was == want}
+	// The zero state is that of half an interface as well, such as a killed install or a
+	// systemd-resolved that does not run leaves: that one goes too.
+	c := namesChange{nothing: was == want && there == a.IsValid()}
 	switch {
 	case a.IsValid():
 		c.do = fmt.Sprintf("names in .%s to %s, by systemd-resolved's settings of the interface %s", dns.Mesh, a, tproxy.MeshLink)

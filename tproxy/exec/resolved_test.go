@@ -343,6 +343,37 @@ func TestUninstallWithoutSystemd(t *testing.T) {
 	}
 }
 
+// An interface that systemd-resolved says nothing of, as after a kill or while it does
+// not run, goes with an uninstall, and with an install that has no use for it.
+func TestHalfAnInterfaceGoes(t *testing.T) {
+	for name, spoil := range map[string]func(*fakeMachine){
+		"no settings":         func(m *fakeMachine) { m.bus = newBus(m).call },
+		"resolved is stopped": func(m *fakeMachine) { m.bus = func([]string) result { return result{Exit: 1} } },
+		"no busctl":           func(m *fakeMachine) { m.missing["busctl"] = true },
+		"no address":          func(m *fakeMachine) { m.link.Addresses = nil },
+	} {
+		for _, again := range []bool{false, true} {
+			m := newFakeMachine(t)
+			m.withSystemd(t, 252)
+			before := m.everything(t)
+			m.installNames(t, withNames)
+			spoil(m)
+			if again {
+				m.installNames(t, tproxy.Config{})
+			} else {
+				m.uninstall(t)
+			}
+			if m.link.Index != 0 {
+				t.Errorf("%s, install %v: %+v stays", name, again, m.link)
+			}
+			m.uninstall(t)
+			if now := m.everything(t); now != before {
+				t.Errorf("%s, install %v: afterwards\n%s\nbefore\n%s", name, again, now, before)
+			}
+		}
+	}
+}
+
 // Where it cannot be, nothing is changed and the reason is said.
 func TestSplitNamesAreRefused(t *testing.T) {
 	for name, test := range map[string]struct {

@@ -44,6 +44,9 @@ func AddLink(name, alias string, address netip.Prefix) (Link, error) {
 	if errors.Is(err, syscall.EOPNOTSUPP) { // no such kind (rtnl_newlink)
 		peer := name + peerSuffix
 		err = newLink(name, "veth", appendAttr(nil, vethInfoPeer, linkHeader(0, peer)))
+		if errors.Is(err, syscall.EEXIST) {
+			err = fmt.Errorf("it takes %s as well, and one of the two is there already: %w", peer, err)
+		}
 		if err == nil {
 			if err = setLink(peer, alias); err != nil {
 				err = errors.Join(err, delLink(name))

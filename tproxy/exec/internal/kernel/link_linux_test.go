@@ -72,3 +72,20 @@ func TestLinkOfOthers(t *testing.T) {
 		t.Error("a name that is too long")
 	}
 }
+
+// What is in the way of a peer is named, where the interface takes one.
+func TestLinkWithoutAPeer(t *testing.T) {
+	requireNamespace(t)
+	if out, err := exec.Command("ip", "link", "add", "kuma-test-p", "type", "veth", "peer", "name", "other").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	t.Cleanup(func() { _ = delLink("other") })
+	l, err := AddLink("kuma-test", "", netip.MustParsePrefix("192.0.2.7/32"))
+	if err == nil {
+		_, _ = DelLink(l)
+		t.Skip("it is a dummy here, which has no peer")
+	}
+	if !errors.Is(err, fs.ErrExist) || !strings.Contains(err.Error(), "kuma-test-p") {
+		t.Error(err)
+	}
+}
