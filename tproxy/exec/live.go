@@ -179,8 +179,8 @@ func (r *reader) others() error {
 		var hooks []rules.Hook
 		switch b.Hook {
 		case "?":
-		case "INGRESS": // in front of PREROUTING
-			hooks = []rules.Hook{rules.Prerouting}
+		case "INGRESS": // in front of PREROUTING, and so of conntrack, at any priority
+			hooks, late = []rules.Hook{rules.Prerouting}, false
 		case "EGRESS": // behind POSTROUTING
 			hooks = []rules.Hook{rules.Postrouting}
 		default:

@@ -809,7 +809,7 @@ func (x *shadows) try(p sim.Packet) {
 		}
 	}
 	step, _ := trace.Deciding()
-	if p.Path == sim.In && publishes(step) {
+	if p.Path == sim.In && publishes(trace, step) {
 		x.publish(trace, step)
 		return
 	}
@@ -989,7 +989,7 @@ func (x *shadows) either(p sim.Packet, alone sim.Verdict) bool {
 		trace := sim.WalkAll(sets, x.env, p)
 		step, _ := trace.Deciding()
 		switch {
-		case p.Path == sim.In && publishes(step):
+		case p.Path == sim.In && publishes(trace, step):
 			x.publish(trace, step)
 		case trace.Verdict != alone && (trace.Kind == sim.Unknown || !x.theirs(trace.Verdict, alone)):
 			return false
@@ -1009,10 +1009,17 @@ func (x *shadows) escapes(p sim.Packet, alone sim.Verdict) bool {
 }
 
 // publishes reports whether a rule answers for a published port: Docker's, that of
-// CNI's portmap, of podman's netavark, of kube-proxy.
-func publishes(s sim.Step) bool {
+// CNI's portmap, of podman's netavark, of kube-proxy. A rule on the way names the port:
+// what sends on all connections publishes nothing, whatever its chain is called.
+func publishes(t sim.Trace, s sim.Step) bool {
 	a, ok := s.Rule.Action.(rules.Translate)
-	return ok && a.Target == "DNAT" && slices.ContainsFunc([]string{"DOCKER", "CNI-", "NETAVARK-", "KUBE-"}, func(p string) bool { return strings.HasPrefix(s.Chain, p) })
+	named := slices.ContainsFunc(t.Steps, func(on sim.Step) bool {
+		return on.Matched && on.Table == s.Table && on.Set == s.Set && slices.ContainsFunc(on.Rule.Matches, func(m rules.Match) bool {
+			ports, is := m.(rules.DestinationPorts)
+			return is && !ports.Not
+		})
+	})
+	return ok && named && a.Target == "DNAT" && slices.ContainsFunc([]string{"DOCKER", "CNI-", "NETAVARK-", "KUBE-"}, func(p string) bool { return strings.HasPrefix(s.Chain, p) })
 }
 
 // proxys reports whether it is a port of the proxy's.

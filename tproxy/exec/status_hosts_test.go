@@ -197,6 +197,19 @@ COMMIT
 `, StateInstalled, StateDrifted, nil},
 }
 
+// A chain with the name of one that publishes ports publishes none where it sends on
+// all connections.
+func TestStatusOfACatchAllIsDrift(t *testing.T) {
+	for _, chain := range []string{"DOCKER", "KUBE-SERVICES", "CNI-DN-x", "NETAVARK-DN-x"} {
+		m := newFakeMachine(t)
+		m.edit(t, "iptables-nft", "*nat\n:"+chain+" - [0:0]\n-A PREROUTING -j "+chain+"\n-A "+chain+" -p tcp -j DNAT --to-destination 10.1.1.1:80\nCOMMIT\n")
+		m.install(t, tproxy.Config{Backend: tproxy.IPTablesNFT})
+		if s := m.status(t); s.State != StateDrifted {
+			t.Errorf("%s: %s, notes %q", chain, s.State, s.Notes)
+		}
+	}
+}
+
 // Others' rules of ordinary hosts are no drift, whoever came first, unless connections
 // really go wrong.
 func TestStatusOfOrdinaryHosts(t *testing.T) {

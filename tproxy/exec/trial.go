@@ -83,6 +83,8 @@ func (e *PendingError) Error() string {
 	t := e.Trial
 	text := fmt.Sprintf("an install, made at %s, waits to be confirmed within %s: ", t.Began.Format(time.RFC3339), t.Within)
 	switch {
+	case t.Left <= 0 && !t.Watched:
+		return text + "its time is over, but nobody watches any more: the next install puts the former state back first"
 	case t.Left <= 0:
 		return text + "its time is over, and the former state is being put back"
 	case !t.Watched:
@@ -449,8 +451,9 @@ func (t *transaction) endTrial(dryRun bool) error {
 	case dryRun:
 		return nil
 	}
-	// One that cannot be read too.
-	if err := t.removeState(trialKind, beforeKind); err != nil {
+	// One that cannot be read too; and how the one before it ended is no answer any more
+	// to who asks what became of this one.
+	if err := t.removeState(trialKind, beforeKind, lastKind); err != nil {
 		return err
 	}
 	t.report.Notes = append(t.report.Notes, "an install waited to be confirmed: that is over, and nothing is put back any more")

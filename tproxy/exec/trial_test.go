@@ -443,3 +443,35 @@ func TestPutBackLeavesNamesThatCannotBeChanged(t *testing.T) {
 	}
 	m.unchanged(t, before)
 }
+
+func TestPendingErrorSaysWhoPutsBack(t *testing.T) {
+	text := (&PendingError{Trial{Within: time.Minute, Left: -time.Second}}).Error()
+	if !strings.Contains(text, "nobody watches") || strings.Contains(text, "is being put back") {
+		t.Error(text)
+	}
+	text = (&PendingError{Trial{Within: time.Minute, Left: -time.Second, Watched: true}}).Error()
+	if strings.Contains(text, "nobody watches") {
+		t.Error(text)
+	}
+}
+
+// How an older trial ended is no answer to what became of one that was uninstalled.
+func TestUninstallForgetsAnOlderTrial(t *testing.T) {
+	m := newFakeMachine(t)
+	m.populate(t)
+	id, _, err := m.try(t, candidate, time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.clock += time.Hour
+	if o, err := m.watchOver(id); err != nil || o == nil || !o.PutBack {
+		t.Fatalf("%+v, %v", o, err)
+	}
+	if _, _, err := m.try(t, candidate, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	m.uninstall(t)
+	if _, last, err := (&Runner{machine: m}).Trial(context.Background()); last != nil || err != nil {
+		t.Errorf("%+v, %v", last, err)
+	}
+}
