@@ -11,6 +11,7 @@ import (
 	"os"
 	osexec "os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -133,6 +134,7 @@ func startProcess(ctx context.Context, leaf *cobra.Command, t exec.Trial) (strin
 		return "", err
 	}
 	defer read.Close()
+	keepToOurselves()
 	cmd := osexec.Command("/proc/self/exe")
 	cmd.Args = append([]string{os.Args[0]}, watchArgs(leaf, t, 3)...)
 	cmd.Dir = "/"
@@ -155,6 +157,20 @@ func startProcess(ctx context.Context, leaf *cobra.Command, t exec.Trial) (strin
 	}
 	go func() { _ = cmd.Wait() }() // for a program that lives longer
 	return fmt.Sprintf("process %d, in a session of its own", cmd.Process.Pid), nil
+}
+
+// keepToOurselves has no process that is started from here on inherit descriptors that
+// this one inherited: somebody may wait for the end of a pipe.
+func keepToOurselves() {
+	open, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return
+	}
+	for _, f := range open {
+		if fd, err := strconv.Atoi(f.Name()); err == nil && fd > 2 {
+			syscall.CloseOnExec(fd)
+		}
+	}
 }
 
 // notifySystemd says that the watch is there (sd_notify(3)).

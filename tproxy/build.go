@@ -194,7 +194,7 @@ func Build(c Config, h Host) (*Plan, error) {
 			"switch it on there with sysctl net.ipv6.conf.lo.disable_ipv6=0, or leave IPv6 untouched with --ip-family-mode=ipv4"})
 	}
 	if why := p.Host.Nameserver.Refused; why != "" && p.Config.DNS.ControlPlane.IsValid() {
-		refused = append(refused, Refusal{why, "leave the file as it is with --modify-resolv-conf=false"})
+		refused = append(refused, Refusal{why, "leave names as they are resolved now with --modify-resolv-conf=false"})
 	}
 	refused = append(refused, p.lockout()...)
 	refused = append(refused, p.loops()...)

@@ -11,8 +11,8 @@ import (
 	"github.com/kumahq/kuma-tproxy/tproxy/dns"
 )
 
-// leaveFile is what to do about a resolv.conf that cannot be changed.
-const leaveFile = "leave it as it is with --modify-resolv-conf=false"
+// leaveFile is what else to do where names cannot be had from the control plane.
+const leaveFile = "or leave names as they are resolved now with --modify-resolv-conf=false"
 
 // nameserver finds out for a plan what an install would do to resolv.conf, or to
 // systemd-resolved in its place.
@@ -149,10 +149,13 @@ func (t *transaction) writeSplit(ctx context.Context) error {
 		if err := t.first(ctx); err != nil {
 			return err
 		}
+		// Also for one that fails: it may have come half-way.
+		t.undo = append(t.undo, undo{c.undo, func(ctx context.Context) (bool, error) { return true, c.back(ctx) }})
 		if err := c.run(ctx); err != nil {
-			return &ApplyError{Step: c.do, Err: err}
+			return &ApplyError{Step: c.do, Err: err, Remedy: leaveFile}
 		}
-		t.did(c.do, c.undo, func(ctx context.Context) (bool, error) { return true, c.back(ctx) })
+		t.report.Changed = true
+		t.report.Steps = append(t.report.Steps, c.do)
 	}
 	return nil
 }

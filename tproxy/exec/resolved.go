@@ -51,7 +51,7 @@ type namesChange struct {
 	do, undo string
 	nothing  bool // everything is as it is to be
 	run      func(context.Context) error
-	back     func(context.Context) error
+	back     func(context.Context) error // however far run came
 }
 
 // delegate is the change of the file by which systemd 258 and later is told. The zero
@@ -69,16 +69,21 @@ func (s *session) delegate(a netip.Addr) (namesChange, error) {
 				return err
 			}
 			err := s.reloadResolved(ctx)
-			if !a.IsValid() && errors.Is(err, ErrUnsupported) {
-				return nil // without systemctl there is no systemd that would read it
-			}
-			if err != nil {
-				err = errors.Join(err, m.Undo(c))
-				_ = s.reloadResolved(context.WithoutCancel(ctx)) // what failed once, and was said
+			if err != nil && !a.IsValid() {
+				// The file is gone. Redirection must not stay because of that; and without
+				// systemctl there is no systemd that would have read it.
+				s.log.Warn("systemd-resolved was not told that a file is gone: until it reads its files again it asks the control plane", "file", m.Path, "error", err)
+				return nil
 			}
 			return err
 		},
-		back: func(ctx context.Context) error { return errors.Join(m.Undo(c), s.reloadResolved(ctx)) },
+		back: func(ctx context.Context) error {
+			err := m.Undo(c)
+			if e := s.reloadResolved(ctx); e != nil {
+				s.log.Warn("systemd-resolved was not told that a file is as it was", "file", m.Path, "error", e)
+			}
+			return err
+		},
 	}, nil
 }
 
@@ -159,13 +164,7 @@ func (s *session) meshLink(ctx context.Context, a netip.Addr) (namesChange, erro
 	if was.server.IsValid() {
 		c.undo = fmt.Sprintf("the interface %s as it was", tproxy.MeshLink)
 	}
-	c.run = func(ctx context.Context) error {
-		err := s.setMesh(ctx, want)
-		if err != nil {
-			err = errors.Join(err, s.setMesh(context.WithoutCancel(ctx), was))
-		}
-		return err
-	}
+	c.run = func(ctx context.Context) error { return s.setMesh(ctx, want) }
 	c.back = func(ctx context.Context) error { return s.setMesh(ctx, was) }
 	return c, nil
 }

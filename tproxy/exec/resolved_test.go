@@ -301,6 +301,25 @@ func TestSplitNamesFail(t *testing.T) {
 	}
 }
 
+// What could not be put back is said.
+func TestSplitNamesCannotBePutBack(t *testing.T) {
+	m := newFakeMachine(t)
+	m.withSystemd(t, 252)
+	b := newBus(m)
+	m.bus = b.call
+	m.installNames(t, withNames)
+	p, err := m.probed(t, tproxy.Config{DNS: tproxy.DNS{ControlPlane: netip.MustParseAddr("10.0.0.10")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.fail = "Domains"
+	_, err = (&Runner{machine: m}).Apply(context.Background(), p)
+	e, ok := errors.AsType[*ApplyError](err)
+	if !ok || len(e.Left) != 1 || !strings.Contains(e.Left[0], "the interface kuma-mesh as it was") || !strings.Contains(e.Left[0], "SetLinkDomains") {
+		t.Errorf("%v", err)
+	}
+}
+
 // A systemd-resolved that does not read its files again is no success either.
 func TestReloadFails(t *testing.T) {
 	m := newFakeMachine(t)
@@ -318,6 +337,21 @@ func TestReloadFails(t *testing.T) {
 	if !ok || !strings.Contains(err.Error(), "systemctl try-reload-or-restart systemd-resolved.service: exit code 1: Job failed.") || len(e.Left) > 0 {
 		t.Errorf("%v", err)
 	}
+	if now := m.everything(t); now != before {
+		t.Errorf("afterwards\n%s\nbefore\n%s", now, before)
+	}
+}
+
+// One that does not read its files again keeps no uninstall from taking them out.
+func TestUninstallReloadFails(t *testing.T) {
+	m := newFakeMachine(t)
+	m.withSystemd(t, 258)
+	before := m.everything(t)
+	m.installNames(t, withNames)
+	m.onRun = func(c command) (result, bool) {
+		return result{Exit: 1, Stderr: []byte("Job failed.")}, filepath.Base(c.Path) == "systemctl"
+	}
+	m.uninstall(t)
 	if now := m.everything(t); now != before {
 		t.Errorf("afterwards\n%s\nbefore\n%s", now, before)
 	}

@@ -940,46 +940,79 @@ func (x *shadows) filter(p sim.Packet) {
 		x.shadow(tproxy.DriftFiltered, trace, why)
 	case sim.Unknown:
 		note := fmt.Sprintf("whether the %s filter lets pass %s cannot be told: %s", x.family, what, trace.Reason)
-		if !slices.Contains(x.Notes, note) {
+		step, _ := trace.Deciding()
+		switch {
+		case !bySender(step.Rule) && x.dropsEither(p):
+			x.cannot("%s", note)
+		case !slices.Contains(x.Notes, note):
 			x.Notes = append(x.Notes, note)
 		}
 	}
 }
 
+// dropsEither reports whether the packet is dropped where what cannot be told of rules
+// holds, or where it does not.
+func (x *shadows) dropsEither(p sim.Packet) bool {
+	for _, holds := range []bool{true, false} {
+		switch sim.DecideAll(assuming(x.all, holds), x.env, p).Kind {
+		case sim.Dropped, sim.Refused, sim.Unknown:
+			return true
+		}
+	}
+	return false
+}
+
+// bySender reports whether what cannot be told of a rule is from whom a packet is: whom
+// a filter keeps out, as fail2ban's, is the operator's.
+func bySender(r rules.Rule) bool {
+	for _, m := range r.Matches {
+		o, is := m.(rules.Opaque)
+		if !is {
+			continue
+		}
+		text := o.Text()
+		if !slices.ContainsFunc([]string{"--match-set ", "-m recent", "-m hashlimit", "-m geoip", "-m mac", "-m iprange"}, func(s string) bool { return strings.Contains(text, s) }) {
+			return false
+		}
+	}
+	return true
+}
+
 // assume makes the Sets in which every match that cannot be told holds, and those in
 // which none does.
 func (x *shadows) assume() [][]rules.Set {
-	if x.assumed != nil {
-		return x.assumed
-	}
-	opaque := func(m rules.Match) bool { _, is := m.(rules.Opaque); return is }
-	for _, holds := range []bool{true, false} {
-		edit := func(list []rules.Rule) (out []rules.Rule) {
-			for _, r := range list {
-				if slices.ContainsFunc(r.Matches, opaque) {
-					if !holds {
-						continue
-					}
-					r.Matches = slices.DeleteFunc(slices.Clone(r.Matches), opaque)
-				}
-				out = append(out, r)
-			}
-			return out
-		}
-		var sets []rules.Set
-		for _, s := range x.sets {
-			s.Bases, s.Chains = slices.Clone(s.Bases), slices.Clone(s.Chains)
-			for i := range s.Bases {
-				s.Bases[i].Rules = edit(s.Bases[i].Rules)
-			}
-			for i := range s.Chains {
-				s.Chains[i].Rules = edit(s.Chains[i].Rules)
-			}
-			sets = append(sets, s)
-		}
-		x.assumed = append(x.assumed, sets)
+	if x.assumed == nil {
+		x.assumed = [][]rules.Set{assuming(x.sets, true), assuming(x.sets, false)}
 	}
 	return x.assumed
+}
+
+// assuming makes the Sets in which every match that cannot be told holds, or none does.
+func assuming(in []rules.Set, holds bool) (out []rules.Set) {
+	opaque := func(m rules.Match) bool { _, is := m.(rules.Opaque); return is }
+	edit := func(list []rules.Rule) (out []rules.Rule) {
+		for _, r := range list {
+			if slices.ContainsFunc(r.Matches, opaque) {
+				if !holds {
+					continue
+				}
+				r.Matches = slices.DeleteFunc(slices.Clone(r.Matches), opaque)
+			}
+			out = append(out, r)
+		}
+		return out
+	}
+	for _, s := range in {
+		s.Bases, s.Chains = slices.Clone(s.Bases), slices.Clone(s.Chains)
+		for i := range s.Bases {
+			s.Bases[i].Rules = edit(s.Bases[i].Rules)
+		}
+		for i := range s.Chains {
+			s.Chains[i].Rules = edit(s.Chains[i].Rules)
+		}
+		out = append(out, s)
+	}
+	return out
 }
 
 // either reports whether a packet is decided as by ours, or by those who publish

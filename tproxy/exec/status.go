@@ -429,7 +429,7 @@ func (l *looker) unseen(plan *tproxy.Plan) {
 			l.firewalld(plan)
 		}
 		if h.Late {
-			l.Notes = append(l.Notes, fmt.Sprintf("%s may filter what is redirected: iptables does not show it", h.What))
+			l.Notes = append(l.Notes, fmt.Sprintf("%s may filter what is redirected, or translate what ours leave alone: iptables does not show it", h.What))
 			continue
 		}
 		for _, f := range plan.Families {

@@ -242,3 +242,22 @@ func TestStatusOfOrdinaryHosts(t *testing.T) {
 		}
 	}
 }
+
+// A filter that may drop what is redirected, by what cannot be told on paper, cannot be
+// told; whom it drops by where they come from is the operator's, and a note.
+func TestStatusOfAFilterThatCannotBeTold(t *testing.T) {
+	for rule, want := range map[string]State{
+		"-A INPUT -p tcp -m tcp --syn -m connlimit --connlimit-above 0 --connlimit-mask 32 --connlimit-saddr -j REJECT\n": StateUnknown,
+		"-A INPUT -m limit --limit 1/hour -j ACCEPT\n-A INPUT -j DROP\n":                                                  StateUnknown,
+		"-A INPUT -m set --match-set banned src -j DROP\n":                                                                StateInstalled,
+		"-A INPUT -p tcp -m tcp --dport 22 -m limit --limit 1/hour -j DROP\n":                                             StateInstalled,
+		"-A INPUT -m limit --limit 3/min -j LOG --log-prefix \"x \"\n":                                                    StateInstalled,
+	} {
+		m := newFakeMachine(t)
+		m.install(t, tproxy.Config{Backend: tproxy.IPTablesNFT})
+		m.edit(t, "iptables-nft", "*filter\n"+rule+"COMMIT\n")
+		if s := m.status(t); s.State != want {
+			t.Errorf("%s%s, want %s: %q, notes %q", rule, s.State, want, s.lines(), s.Notes)
+		}
+	}
+}
