@@ -201,14 +201,7 @@ func (m DelegateManager) write(text []byte) error {
 	if err := m.FS.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err // of a run that was killed
 	}
-	if err := m.FS.Create(temp, text, Info{Mode: 0o644}); err != nil {
-		return err
-	}
-	err := m.FS.Rename(temp, m.Path)
-	if err != nil {
-		_ = m.FS.Remove(temp)
-	}
-	return err
+	return Manager{FS: m.FS}.replace(temp, m.Path, text, Info{Mode: 0o644})
 }
 
 // Undo makes the file what it was before Do, however far that came.

@@ -85,10 +85,14 @@ func (s *session) splitChange(ctx context.Context, by tproxy.Split, a netip.Addr
 	if by == tproxy.SplitLink {
 		return s.meshLink(ctx, a)
 	}
+	c, err := s.delegate(a)
+	if err == nil && c.nothing {
+		return c, nil // and whose it is need not be asked, which reads the mounts of two processes
+	}
 	if !s.delegateHere() {
 		return namesChange{nothing: true}, nil
 	}
-	return s.delegate(a)
+	return c, err
 }
 
 // namesPaths are the files that may hold a nameserver of ours, and whether the record

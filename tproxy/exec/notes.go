@@ -15,6 +15,15 @@ import (
 
 func hostPrefix(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
+// hostPrefixes are addresses of interfaces without their networks.
+func hostPrefixes(in []netip.Prefix) []netip.Prefix {
+	out := make([]netip.Prefix, len(in))
+	for i, p := range in {
+		out[i] = hostPrefix(p.Addr())
+	}
+	return out
+}
+
 // listening says which of the proxy's ports nobody answers yet: until the proxy
 // starts, what is redirected there is refused.
 func (s *session) listening(p *tproxy.Plan) (notes []string) {

@@ -126,10 +126,7 @@ func (s *session) captured(p *tproxy.Plan) (out []Connection, err error) {
 	if err != nil {
 		return nil, err
 	}
-	var env sim.Env
-	for _, a := range local {
-		env.Local = append(env.Local, hostPrefix(a.Addr()))
-	}
+	env := sim.Env{Local: hostPrefixes(local)}
 	listens := map[uint16]bool{}
 	for _, so := range sockets {
 		if so.Listening {

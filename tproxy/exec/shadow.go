@@ -377,9 +377,7 @@ func (x *shadows) drafts() (out []draft) {
 	}
 	x.env = sim.EnvOf(near)
 	if local, err := x.m.localAddresses(); err == nil {
-		for _, p := range local {
-			x.env.Local = append(x.env.Local, hostPrefix(p.Addr()))
-		}
+		x.env.Local = append(x.env.Local, hostPrefixes(local)...)
 	}
 	// A name that nobody has, where there is no way to other hosts yet.
 	if x.outer = way.Interface; x.outer == "" || x.outer == "lo" {

@@ -161,9 +161,7 @@ func (l *looker) look(ctx context.Context) error {
 		return err
 	}
 	l.compare(plan)
-	if err := l.address(plan); err != nil {
-		return err
-	}
+	l.address(plan)
 	if err := l.names(ctx, plan); err != nil {
 		return err
 	}
@@ -333,21 +331,20 @@ func (l *looker) recordOf(f rules.Family) (out []string) {
 	return out
 }
 
-func (l *looker) address(plan *tproxy.Plan) error {
+func (l *looker) address(plan *tproxy.Plan) {
 	if !slices.Contains(plan.Families, rules.IPv6) {
-		return nil
+		return
 	}
 	_, v6 := tproxy.PassthroughAddresses()
 	there, err := l.m.hasAddress(v6)
 	if err != nil {
 		l.cannot("addresses of lo: %v", err)
-		return nil
+		return
 	}
 	if !there {
 		l.drift(tproxy.Drift{Kind: tproxy.DriftAddress, Family: rules.IPv6, Was: hostPrefix(v6).String() + " on lo",
 			Why: "the proxy hands inbound connections on from there"})
 	}
-	return nil
 }
 
 // names compares what resolves names of the mesh.

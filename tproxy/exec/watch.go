@@ -1,6 +1,7 @@
 package exec
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"reflect"
@@ -76,9 +77,9 @@ func (r *Runner) Watch(ctx context.Context, o WatchOptions, each func(*Status) e
 
 // wait waits for a change or for the time to look; it is false when ctx is done.
 func (o WatchOptions) wait(ctx context.Context, woken <-chan struct{}, hears bool) bool {
-	after := orDuration(o.Poll, defaultPoll)
+	after := cmp.Or(o.Poll, defaultPoll)
 	if hears {
-		after = orDuration(o.Recheck, defaultRecheck)
+		after = cmp.Or(o.Recheck, defaultRecheck)
 	}
 	timer := time.NewTimer(after)
 	defer timer.Stop()
@@ -90,7 +91,7 @@ func (o WatchOptions) wait(ctx context.Context, woken <-chan struct{}, hears boo
 	case <-woken:
 	}
 	// One change comes in many messages: a table of rules, a flush and a fill.
-	settle := time.NewTimer(orDuration(o.Settle, defaultSettle))
+	settle := time.NewTimer(cmp.Or(o.Settle, defaultSettle))
 	defer settle.Stop()
 	select {
 	case <-ctx.Done():
@@ -102,13 +103,6 @@ func (o WatchOptions) wait(ctx context.Context, woken <-chan struct{}, hears boo
 	default:
 	}
 	return true
-}
-
-func orDuration(d, otherwise time.Duration) time.Duration {
-	if d == 0 {
-		return otherwise
-	}
-	return d
 }
 
 // needsPolling reports whether part of what was looked at changes without a word of the

@@ -23,7 +23,6 @@ import (
 // flow is a flow that the lab can really have.
 type flow struct {
 	packet sim.Packet
-	kind   string // who sends it, for the table
 	// server is who is there where it is sent to.
 	server string
 }
