@@ -273,7 +273,7 @@ func TestOwnedError(t *testing.T) {
 	}
 }
 
-func TestSystemdVersion(t *testing.T) {
+func TestVersionByItsLibrary(t *testing.T) {
 	d := newDisk(t).put("/usr/lib/x86_64-linux-gnu/systemd/libsystemd-shared-252.so", "").put("/usr/lib/systemd/libsystemd-shared-258.2-1.fc43.so", "").put("/usr/lib/systemd/libsystemd-shared-x.so", "")
 	if n := SystemdVersion(d); n != 258 {
 		t.Error(n)

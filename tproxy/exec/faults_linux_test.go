@@ -24,8 +24,6 @@ import (
 )
 
 // stress reports whether all of it is asked for: TPROXY_SUITE names stress.
-func stress() bool { return strings.Contains(os.Getenv("TPROXY_SUITE"), "stress") }
-
 // change is a change of what is installed, in tests of faults.
 type change struct {
 	name  string
@@ -102,8 +100,8 @@ func TestStressFaults(t *testing.T) { faults(t, true) }
 func TestFaults(t *testing.T) { faults(t, false) }
 
 func faults(t *testing.T, whole bool) {
-	if whole && !stress() {
-		t.Skip("TPROXY_SUITE does not name stress")
+	if whole {
+		onlyIn(t, "stress")
 	}
 	kinds := []string{"error=ENOBUFS", "error=EPERM", "error=ENOSPC", "error=EAGAIN", "signal=SIGKILL"}
 	for _, c := range changes {
@@ -226,8 +224,8 @@ func TestStressKilled(t *testing.T) { killedAnywhere(t, 40) }
 func TestKilled(t *testing.T) { killedAnywhere(t, 8) }
 
 func killedAnywhere(t *testing.T, times int) {
-	if times > 20 && !stress() {
-		t.Skip("TPROXY_SUITE does not name stress")
+	if times > 20 {
+		onlyIn(t, "stress")
 	}
 	for _, c := range changes {
 		t.Run(c.name, func(t *testing.T) {

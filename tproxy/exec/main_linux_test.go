@@ -2,6 +2,7 @@ package exec_test
 
 import (
 	"os"
+	"strings"
 	"testing"
 
 	"github.com/kumahq/kuma-tproxy/internal/netlab"
@@ -25,4 +26,21 @@ func TestMain(m *testing.M) {
 		os.Unsetenv(key)
 	}
 	netlab.Main(m)
+}
+
+// onlyIn skips a test of a suite that TPROXY_SUITE does not name.
+func onlyIn(t *testing.T, suite string) {
+	t.Helper()
+	if !strings.Contains(os.Getenv("TPROXY_SUITE"), suite) {
+		t.Skipf("TPROXY_SUITE does not name %s", suite)
+	}
+}
+
+// cannotRun skips a test of a suite, or fails it where TPROXY_REQUIRE names that.
+func cannotRun(t *testing.T, suite, format string, args ...any) {
+	t.Helper()
+	if strings.Contains(os.Getenv("TPROXY_REQUIRE"), suite) {
+		t.Fatalf("TPROXY_REQUIRE names "+suite+": "+format, args...)
+	}
+	t.Skipf(format, args...)
 }

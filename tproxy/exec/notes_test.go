@@ -93,7 +93,7 @@ func TestPortsThatNobodyListensOn(t *testing.T) {
 // A firewalld with RFC3964_IPv4, its default, rejects what is redirected over IPv6: an
 // install says so, also one without inbound, and not where it is switched off or IPv6 is
 // left alone.
-func TestFirewalldRejectsIPv6(t *testing.T) {
+func TestRejectedOverIPv6IsSaid(t *testing.T) {
 	const says = "RFC3964_IPv4=no"
 	for name, test := range map[string]struct {
 		conf   string

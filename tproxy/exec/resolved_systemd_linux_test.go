@@ -19,9 +19,7 @@ import (
 // systemdSuite skips a test with a booted systemd unless TPROXY_SUITE names systemd.
 func systemdSuite(t *testing.T) {
 	t.Helper()
-	if !strings.Contains(os.Getenv("TPROXY_SUITE"), "systemd") {
-		t.Skip("TPROXY_SUITE does not name systemd")
-	}
+	onlyIn(t, "systemd")
 	err := error(nil)
 	for _, p := range bootlab.Programs {
 		if _, e := osexec.LookPath(p); err == nil {
@@ -31,14 +29,10 @@ func systemdSuite(t *testing.T) {
 	if err == nil && os.Geteuid() != 0 {
 		err = os.ErrPermission
 	}
-	switch {
-	case err == nil:
-		netlab.Require(t)
-	case strings.Contains(os.Getenv("TPROXY_REQUIRE"), "systemd"):
-		t.Fatalf("TPROXY_REQUIRE names systemd: %v", err)
-	default:
-		t.Skipf("nothing to boot: %v", err)
+	if err != nil {
+		cannotRun(t, "systemd", "nothing to boot: %v", err)
 	}
+	netlab.Require(t)
 }
 
 // The control plane's DNS server, by either family.
@@ -199,7 +193,7 @@ func bootDebian(t *testing.T, suite, tool string) *debian {
 	root := filepath.Join(t.TempDir(), suite)
 	packages := []string{"systemd", "systemd-sysv", "systemd-resolved", "libnss-resolve", "dbus", "iptables", "iproute2"}
 	if err := bootlab.Make(t.Context(), root, suite, packages, netlab.Outside()); err != nil {
-		t.Skipf("no %s to be had: %v", suite, err)
+		cannotRun(t, "systemd", "no %s to be had: %v", suite, err)
 	}
 	text, err := os.ReadFile(tool)
 	if err == nil {

@@ -358,7 +358,7 @@ func TestUninstallReloadFails(t *testing.T) {
 }
 
 // Where systemd is gone since, an uninstall takes the file out all the same.
-func TestUninstallWithoutSystemd(t *testing.T) {
+func TestUninstallWhereSystemctlIsGone(t *testing.T) {
 	m := newFakeMachine(t)
 	m.withSystemd(t, 258)
 	before := m.everything(t)

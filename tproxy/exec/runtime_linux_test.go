@@ -22,9 +22,7 @@ import (
 // runtimeSuite skips a test with a real daemon unless TPROXY_SUITE names runtime.
 func runtimeSuite(t *testing.T, programs ...string) {
 	t.Helper()
-	if !strings.Contains(os.Getenv("TPROXY_SUITE"), "runtime") {
-		t.Skip("TPROXY_SUITE does not name runtime")
-	}
+	onlyIn(t, "runtime")
 	netlab.Require(t, programs...)
 }
 

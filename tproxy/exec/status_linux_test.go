@@ -503,9 +503,7 @@ func TestStatusCounts(t *testing.T) {
 func TestStatusSeesRandomEdits(t *testing.T) { vandals(t, 12, 1) }
 
 func TestStressStatusSeesRandomEdits(t *testing.T) {
-	if !stress() {
-		t.Skip("TPROXY_SUITE does not name stress")
-	}
+	onlyIn(t, "stress")
 	vandals(t, 200, 3)
 }
 

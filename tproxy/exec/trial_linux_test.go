@@ -291,9 +291,7 @@ func TestTrialOutlivesWhoInstalls(t *testing.T) {
 }
 
 func TestStressTrialOutlivesWhoInstalls(t *testing.T) {
-	if !stress() {
-		t.Skip("TPROXY_SUITE does not name stress")
-	}
+	onlyIn(t, "stress")
 	for ms := 1; ms < 50; ms += 4 {
 		outlives(t, ms, ms+1, ms+2, ms+3)
 	}

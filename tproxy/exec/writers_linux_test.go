@@ -108,9 +108,7 @@ COMMIT
 func TestOtherWriters(t *testing.T) { beside(t, 3) }
 
 func TestStressOtherWriters(t *testing.T) {
-	if !stress() {
-		t.Skip("TPROXY_SUITE does not name stress")
-	}
+	onlyIn(t, "stress")
 	beside(t, 60)
 }
 
