@@ -82,6 +82,9 @@ func (c Config) faults() (out []ConfigFault) {
 	if c.Backend > IPTablesLegacy {
 		fault("backend", c.Backend, "is no backend", "auto, iptables-nft or iptables-legacy")
 	}
+	if c.Persist > PersistNone {
+		fault("persist", c.Persist, "is no way to come back", acceptedPersist)
+	}
 	ports := []struct {
 		path string
 		port uint16
@@ -198,6 +201,9 @@ func Build(c Config, h Host) (*Plan, error) {
 	}
 	refused = append(refused, p.lockout()...)
 	refused = append(refused, p.loops()...)
+	if r := p.choosePersist(); r != nil {
+		refused = append(refused, *r)
+	}
 	if r := p.chooseBackend(); r != nil {
 		refused = append(refused, *r)
 	}
@@ -392,6 +398,11 @@ func (p *Plan) chooseBackend() *Refusal {
 		if v.Backend = asked; !usable(v) {
 			return p.missing(v, "asked for")
 		}
+		if p.Persist == PersistFirewalld && !v.Default && slices.ContainsFunc(h.Variants, func(v Variant) bool { return v.Default }) {
+			return &Refusal{
+				fmt.Sprintf("--backend %s: firewalld loads its direct rules with what iptables means on this host, which is another one: they would come back there", asked),
+				"leave --backend out, or choose --persist systemd or none"}
+		}
 		return choose(v, "asked for")
 	}
 	var can []Variant
@@ -414,6 +425,11 @@ func (p *Plan) chooseBackend() *Refusal {
 		}
 		return can[i], true
 	}
+	if p.Persist == PersistFirewalld {
+		if v, ok := only(func(v Variant) bool { return v.Default }); ok {
+			return choose(v, loadsWith)
+		}
+	}
 	if r, ok := p.Translated(); ok {
 		if v, ok := only(func(v Variant) bool { return v.Backend.String() == r.Behind }); ok {
 			return choose(v, fmt.Sprintf("the rules for %s at %s are there, and ours have to come before them", r.Program, r.Address))
@@ -430,6 +446,8 @@ func (p *Plan) chooseBackend() *Refusal {
 	}
 	return choose(can[0], "both are here, and neither is in use")
 }
+
+const loadsWith = "firewalld loads its direct rules with what iptables means on this host"
 
 // Translated returns a nameserver whose queries are to be redirected, and which rules
 // of others translate too. Of the rules of two variants those that came last decide,
@@ -521,6 +539,7 @@ func (p *Plan) steps() {
 	default:
 		p.Steps = append(p.Steps, SplitNames{n.Address, f.Split, f.Do, f.Undo})
 	}
+	p.Steps = append(p.Steps, p.storage()...)
 }
 
 // set makes the rules. Their order is that of the rows of section 2 of the

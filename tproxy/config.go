@@ -56,6 +56,9 @@ type Config struct {
 	// Backend is the variant of iptables to use; the zero value lets Build choose
 	// from what the host has.
 	Backend Backend
+	// Persist is what brings the install back after a restart; the zero value lets Build
+	// choose from what the host has. Nothing of a host that was not observed is chosen.
+	Persist Persist
 	// Wait is how long to wait for the xtables lock, in whole seconds; the zero
 	// value means 5 s and a negative one not at all.
 	Wait time.Duration

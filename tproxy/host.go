@@ -38,6 +38,8 @@ type Host struct {
 	// Nameserver is what is known of the resolv.conf that is to be changed, or of
 	// systemd-resolved, which answers for it.
 	Nameserver NameserverFile
+	// Persistence is what the host has for an install to come back after a restart.
+	Persistence Persistence
 	// Notes is what the observer has to say and no rule shows.
 	Notes []string
 }
@@ -169,6 +171,9 @@ type Needs struct {
 	Nameserver *PutNameserver
 	// IPv6 is whether the Config wants IPv6 redirected.
 	IPv6 bool
+	// Persist is what the install is to come back by; nil is not to be looked at, as in
+	// a pod.
+	Persist *Persist
 	// RemoteShells is whether inbound connections are to be redirected.
 	RemoteShells bool
 }
@@ -178,6 +183,9 @@ func (c Config) Needs() Needs {
 	n := Needs{IPv6: c.IPFamilyMode != IPv4Only, RemoteShells: !c.Inbound.Off && !c.Pod}
 	if len(c.ProxyUIDs) == 0 {
 		n.User, n.DefaultUser = c.ProxyUser, c.ProxyUser == ""
+	}
+	if !c.Pod {
+		n.Persist = &c.Persist
 	}
 	if c.DNS.On() {
 		n.ResolvConf = or(c.DNS.ResolvConf, DefaultResolvConf)

@@ -19,8 +19,8 @@ import (
 //   - a key of Kuma's with its effective value, but a port, a wait, a retry and a
 //     path of resolv.conf that are not set are left out: to Kuma and to us that is
 //     the default, and what is read back is what was written;
-//   - a key of ours (redirect.inbound.captureSSH, redirect.dns.redirectTCP, backend
-//     and those of resolv.conf) only where it is not at its default, so that Kuma
+//   - a key of ours (redirect.inbound.captureSSH, redirect.dns.redirectTCP, backend,
+//     persist and those of resolv.conf) only where it is not at its default, so that Kuma
 //     loads the rest.
 //
 // Besides keys of ours, Kuma does not load ranges of ports and more than one of
@@ -279,7 +279,14 @@ var keys = []key{
 	field("retry.maxRetries", Number, strconv.Itoa(DefaultMaxRetries), func(c *Config) *int { return &c.MaxRetries }, writeRetries, readRetries),
 	field("retry.sleepBetweenRetries", Text, strconv.Quote(DefaultSleepBetweenRetries.String()),
 		func(c *Config) *time.Duration { return &c.SleepBetweenRetries }, writeSleep, readSleep),
-	notYet("storeFirewalld", Boolean, "false"),
+	// Kuma's word for one of the ways of persist, which is read behind it (see
+	// reader.persistence). Left out where it is false: the sum of a record that an earlier
+	// version wrote is one without it.
+	{"storeFirewalld", Boolean, "false", func(c *Config) any { return writeTrue(c.Persist == PersistFirewalld) },
+		func(r *reader, raw json.RawMessage) []ConfigFault {
+			r.stores = new(bool)
+			return readBool(r.stores, raw)
+		}},
 	// Kuma's Helm chart writes all of them, empty.
 	notYet("iptablesExecutables.iptables", Text, `""`),
 	notYet("iptablesExecutables.iptables-save", Text, `""`),
@@ -293,6 +300,10 @@ var keys = []key{
 	boolean("cniMode", func(c *Config) *bool { return &c.Pod }, write[bool]),
 	field("backend", Text, `"auto"`, func(c *Config) *Backend { return &c.Backend }, writeBackend,
 		readName(ParseBackend, "auto, iptables-nft or iptables-legacy")),
+	{"persist", Text, `"auto"`, func(c *Config) any { return writePersist(c.Persist) }, func(r *reader, raw json.RawMessage) []ConfigFault {
+		r.persist = new(Persist)
+		return readName(ParsePersist, acceptedPersist)(r.persist, raw)
+	}},
 }
 
 // field makes a key of a field of the Config.
@@ -679,6 +690,9 @@ type reader struct {
 	allowUnknown bool
 	faults       []ConfigFault
 	warnings     []ConfigFault
+
+	stores  *bool // storeFirewalld, and persist; nil where the text does not say
+	persist *Persist
 }
 
 // text reads a whole text over r.config, and gives it to c if nothing is wrong.
@@ -702,8 +716,38 @@ func (r *reader) text(text []byte, c *Config) error {
 		r.warnings = append(r.warnings, ConfigFault{Path: "redirect.dns.captureAll", Value: "true",
 			What: "has no effect, as in Kuma: DNS is not redirected", Accepted: "redirect.dns.enabled, true, beside it"})
 	}
+	if !r.persistence() {
+		return &ConfigError{r.faults}
+	}
 	*c = r.config
 	return nil
+}
+
+// persistence is what two keys say of one field: ours, or Kuma's where ours is not
+// there. It reports whether they agree.
+func (r *reader) persistence() bool {
+	p := &r.config.Persist
+	switch {
+	case r.persist != nil && r.stores != nil && *r.stores && *r.persist != PersistFirewalld:
+		r.add("storeFirewalld", []ConfigFault{{Value: "true", What: fmt.Sprintf("contradicts persist, %s", r.persist), Accepted: "only one of the two, or persist: firewalld"}})
+		return false
+	case r.persist != nil:
+		*p = *r.persist
+	case r.stores == nil:
+	case *r.stores:
+		*p = PersistFirewalld
+	case *p == PersistFirewalld:
+		*p = PersistAuto
+	}
+	return true
+}
+
+// writePersist leaves out what Kuma's key says.
+func writePersist(p Persist) any {
+	if p == PersistAuto || p == PersistFirewalld {
+		return nil
+	}
+	return p.String()
 }
 
 // object reads the members of the object at a path; the path of the whole text

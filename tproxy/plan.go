@@ -23,6 +23,10 @@ type Plan struct {
 	// Backend is never Auto.
 	Backend    Backend
 	BackendWhy string
+	// Persist is what brings the install back after a restart, for the reason PersistWhy;
+	// it is never PersistAuto.
+	Persist    Persist
+	PersistWhy string
 	// Nameservers are those whose queries are redirected; empty where all are,
 	// or none.
 	Nameservers []netip.Addr

@@ -223,7 +223,7 @@ type transaction struct {
 	resolvConf string                // that may hold a nameserver of ours
 	drop       []removal
 	split      tproxy.Split // by which names of the mesh go to the address of put, not by its file
-	names      []namesChange
+	names      []hostChange
 
 	tryOut func() error // what was written, before it counts; nil is not to
 

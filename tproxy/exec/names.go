@@ -81,7 +81,7 @@ func (t *transaction) lookAtNames(ctx context.Context) error {
 
 // splitChange is what is to be done in one way for systemd-resolved to ask a control
 // plane, or, with the zero Addr, not to; nothing where the file of that way is the host's.
-func (s *session) splitChange(ctx context.Context, by tproxy.Split, a netip.Addr) (namesChange, error) {
+func (s *session) splitChange(ctx context.Context, by tproxy.Split, a netip.Addr) (hostChange, error) {
 	if by == tproxy.SplitLink {
 		return s.meshLink(ctx, a)
 	}
@@ -90,7 +90,7 @@ func (s *session) splitChange(ctx context.Context, by tproxy.Split, a netip.Addr
 		return c, nil // and whose it is need not be asked, which reads the mounts of two processes
 	}
 	if !s.delegateHere() {
-		return namesChange{nothing: true}, nil
+		return hostChange{nothing: true}, nil
 	}
 	return c, err
 }
@@ -125,7 +125,7 @@ func (t *transaction) lookAtSplit(ctx context.Context) error {
 			return &ApplyError{Step: "names of the mesh as before", Err: err}
 		case c.nothing:
 		case a.IsValid():
-			t.names = append([]namesChange{c}, t.names...)
+			t.names = append([]hostChange{c}, t.names...)
 		default:
 			t.names = append(t.names, c)
 		}

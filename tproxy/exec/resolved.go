@@ -28,7 +28,7 @@ func (s *session) split(ctx context.Context, owned *dns.OwnedError, h *tproxy.Ho
 		owned.Why = "systemd-resolved is the host's, and this is another network namespace"
 		return false
 	}
-	var c namesChange
+	var c hostChange
 	var err error
 	if how == dns.Delegate {
 		h.Nameserver.Split = tproxy.SplitDelegate
@@ -45,9 +45,9 @@ func (s *session) split(ctx context.Context, owned *dns.OwnedError, h *tproxy.Ho
 	return true
 }
 
-// namesChange is what is to be done for systemd-resolved to ask the control plane, or
+// hostChange is what is to be done for systemd-resolved to ask the control plane, or
 // not to ask it any more.
-type namesChange struct {
+type hostChange struct {
 	do, undo string
 	nothing  bool // everything is as it is to be
 	run      func(context.Context) error
@@ -56,13 +56,13 @@ type namesChange struct {
 
 // delegate is the change of the file by which systemd 258 and later is told. The zero
 // Addr removes it.
-func (s *session) delegate(a netip.Addr) (namesChange, error) {
+func (s *session) delegate(a netip.Addr) (hostChange, error) {
 	m := s.m.delegate()
 	c, err := m.Inspect(a)
 	if err != nil {
-		return namesChange{}, err
+		return hostChange{}, err
 	}
-	return namesChange{
+	return hostChange{
 		do: c.String(), undo: c.Undo(), nothing: c.Nothing(),
 		run: func(ctx context.Context) error {
 			if err := m.Do(c); err != nil {
@@ -125,16 +125,16 @@ const meshAlias = `kuma-tproxy: names of the mesh, made by "kumactl install tran
 // meshLink is the change of the interface by which systemd-resolved before version 258
 // is told; the zero Addr removes it. What is told of an interface stays over a restart
 // of systemd-resolved, and goes with the interface.
-func (s *session) meshLink(ctx context.Context, a netip.Addr) (namesChange, error) {
+func (s *session) meshLink(ctx context.Context, a netip.Addr) (hostChange, error) {
 	l, there, err := s.m.meshLink()
 	if err != nil {
-		return namesChange{}, err
+		return hostChange{}, err
 	}
 	if there && !l.Ours {
 		if !a.IsValid() {
-			return namesChange{nothing: true}, nil
+			return hostChange{nothing: true}, nil
 		}
-		return namesChange{}, fmt.Errorf("the interface %s is there already, and is not ours: give it another name, and install again", tproxy.MeshLink)
+		return hostChange{}, fmt.Errorf("the interface %s is there already, and is not ours: give it another name, and install again", tproxy.MeshLink)
 	}
 	var was meshState
 	if there {
@@ -144,16 +144,16 @@ func (s *session) meshLink(ctx context.Context, a netip.Addr) (namesChange, erro
 	if a.IsValid() {
 		way, err := s.m.routeTo(a)
 		if err != nil {
-			return namesChange{}, err
+			return hostChange{}, err
 		}
 		if !way.Source.IsValid() {
-			return namesChange{}, fmt.Errorf("there is no way to the control plane at %s, and so no address from which systemd-resolved could ask it", a)
+			return hostChange{}, fmt.Errorf("there is no way to the control plane at %s, and so no address from which systemd-resolved could ask it", a)
 		}
 		want = meshState{server: a, source: way.Source}
 	}
 	// The zero state is that of half an interface as well, such as a killed install or a
 	// systemd-resolved that does not run leaves: that one goes too.
-	c := namesChange{nothing: was == want && there == a.IsValid()}
+	c := hostChange{nothing: was == want && there == a.IsValid()}
 	switch {
 	case a.IsValid():
 		c.do = fmt.Sprintf("names in .%s to %s, by systemd-resolved's settings of the interface %s", dns.Mesh, a, tproxy.MeshLink)
