@@ -43,6 +43,10 @@ type Runner interface {
 	Trial(ctx context.Context) (*exec.Trial, *exec.TrialOutcome, error)
 	// WatchTrial puts the former state back unless the install is confirmed.
 	WatchTrial(ctx context.Context, id string, ready func() error) (*exec.TrialOutcome, error)
+	// BringBack installs again what was saved when an install was made, and
+	// BringBackNames tells systemd-resolved of it again.
+	BringBack(ctx context.Context) (*exec.Report, error)
+	BringBackNames(ctx context.Context) (*exec.Report, error)
 	// Remove takes out whatever an install left, whoever made it.
 	Remove(ctx context.Context, o exec.RemoveOptions) (*exec.Report, error)
 	// Installed reads what is installed, nil where nothing is, and writes nothing.
@@ -90,6 +94,15 @@ func (o Options) runner(log *slog.Logger) Runner {
 		return o.Runner(log)
 	}
 	return &exec.Runner{Log: log, Version: o.Version}
+}
+
+// installer makes the Runner of a run that may have an install come back: leaf is the
+// command that installs.
+func (o Options) installer(log *slog.Logger, leaf *cobra.Command) Runner {
+	if o.Runner != nil {
+		return o.Runner(log)
+	}
+	return &exec.Runner{Log: log, Version: o.Version, ComeBack: comeBackCommandLine(leaf)}
 }
 
 // ExitCode is what a program exits with after err: 0 for nil, 2 for bad flags

@@ -64,7 +64,7 @@ func InstallTransparentProxy(o Options) *cobra.Command {
 	}
 	addFlags(cmd, installFlags())
 	addHidden(cmd, hiddenFlags())
-	cmd.AddCommand(confirmCommand(o), watchCommand(o))
+	cmd.AddCommand(confirmCommand(o), watchCommand(o), comeBackCommand(o))
 	return cmd
 }
 
@@ -75,7 +75,7 @@ func install(cmd *cobra.Command, args []string, o Options) error {
 		return err
 	}
 	log := logger(cmd, r.Verbose)
-	runner := o.runner(log)
+	runner := o.installer(log, cmd)
 	if err := p.err(); err != nil {
 		p.unknownUser(cmd.Context(), runner, r.config)
 		return p.err()

@@ -58,7 +58,8 @@ func installFlags() []flagGroup {
 			{"modify-iptables", "true", "put the rules in place; false leaves iptables alone"},
 			{"backend", "auto", "what holds the rules, by `name`: auto, iptables-nft or iptables-legacy"},
 			{"iptables-mode", "", "`mode`: nft or legacy, short for --backend iptables-nft or iptables-legacy"},
-			{"persist", "none", "`how` the rules come back after a reboot: none is the only way so far"},
+			{"persist", "auto", "`how` the rules come back after a restart: auto, systemd, firewalld or none"},
+			{"store-firewalld", "false", "short for --persist firewalld"},
 			{"disable-comments", "false", "leave the reason out of each rule"},
 		}, lockFlags()...)},
 		{"This run", append([]flag{
@@ -185,7 +186,7 @@ func (p *parser) request(cmd *cobra.Command, o Options) (request, error) {
 	set(p, "disable-comments", &c.DisableComments, p.bool)
 	p.backend(&c.Backend)
 	p.lock(c)
-	p.oneOf("persist", "none")
+	p.persist(&c.Persist)
 	p.legacy(c)
 	if a := c.DNS.ControlPlane; a.IsValid() && !r.modifyIPTables {
 		p.refuse("kuma-cp-ip", a.String(), "with --modify-iptables alone: the rules hold the record of it")
@@ -315,6 +316,31 @@ func (p *parser) backend(to *tproxy.Backend) {
 	}
 }
 
+// persist reads by what the install comes back.
+func (p *parser) persist(to *tproxy.Persist) {
+	const short = "store-firewalld"
+	how, err := tproxy.ParsePersist(p.text("persist"))
+	if err != nil || p.text("persist") == "" {
+		p.refuse("persist", p.text("persist"), "auto, systemd, firewalld or none")
+	}
+	if p.given("persist") {
+		*to = how
+	}
+	if !p.given(short) {
+		return
+	}
+	switch store := p.bool(short); {
+	case store && p.given("persist") && how != tproxy.PersistFirewalld && err == nil:
+		p.refuse(short, "true", "--persist firewalld, or only one of the two")
+	case store:
+		*to = tproxy.PersistFirewalld
+	case *to == tproxy.PersistFirewalld && p.given("persist"):
+		p.refuse(short, "false", "--persist other than firewalld, or only one of the two")
+	case *to == tproxy.PersistFirewalld:
+		*to = tproxy.PersistAuto
+	}
+}
+
 // ports reads a list of ports that may be given more than once: an exclusion is
 // never lost to a later one.
 func (p *parser) ports(name string) (sum rules.Ports) {
@@ -419,6 +445,8 @@ func flagNames() map[string]string {
 		"kumaDPUser":                            "kuma-dp-user",
 		"ipFamilyMode":                          "ip-family-mode",
 		"backend":                               "backend",
+		"persist":                               "persist",
+		"storeFirewalld":                        "store-firewalld",
 		"wait":                                  "wait",
 		"waitInterval":                          "wait-interval",
 		"comments.disabled":                     "disable-comments",

@@ -19,7 +19,6 @@ var notBuilt = []struct{ name, standard, key string }{
 	{"vnet", "", "redirect.vnet.networks"},
 	{"drop-invalid-packets", "false", "dropInvalidPackets"},
 	{"iptables-logs", "false", "log.enabled"},
-	{"store-firewalld", "false", "storeFirewalld"},
 	{"iptables-executables", "", executables},
 }
 

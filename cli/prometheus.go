@@ -53,7 +53,7 @@ func printMetrics(w io.Writer, s *exec.Status) error {
 }
 
 var driftKinds = []tproxy.DriftKind{tproxy.DriftMissing, tproxy.DriftChanged, tproxy.DriftExtra, tproxy.DriftDoubled, tproxy.DriftReordered,
-	tproxy.DriftElsewhere, tproxy.DriftShadowed, tproxy.DriftEntered, tproxy.DriftFiltered, tproxy.DriftAddress, tproxy.DriftNames}
+	tproxy.DriftElsewhere, tproxy.DriftShadowed, tproxy.DriftEntered, tproxy.DriftFiltered, tproxy.DriftAddress, tproxy.DriftNames, tproxy.DriftStored}
 
 // counters sums what the rules of those verdicts counted, for each family.
 func (p *page) counters(name string, s *exec.Status, verdicts ...string) {

@@ -52,7 +52,7 @@ func confirm(cmd *cobra.Command, args []string, o Options) error {
 	p := newParser(cmd, args)
 	r := run{format: p.format()}
 	status, wait := p.bool("status"), p.wait("wait")
-	runner := o.runner(logger(cmd, p.bool("verbose")))
+	runner := o.installer(logger(cmd, p.bool("verbose")), cmd.Parent())
 	if err := p.err(); err != nil {
 		return err
 	}
@@ -256,9 +256,13 @@ func watch(cmd *cobra.Command, args []string, o Options) error {
 // watchArgs are the arguments by which this program runs the watch: the commands that
 // lead to the leaf that runs, below whatever root it is mounted.
 func watchArgs(leaf *cobra.Command, t exec.Trial, readyFD int) []string {
-	var path []string
+	return append(leafPath(leaf), watchName, "--trial="+t.ID, fmt.Sprintf("--ready-fd=%d", readyFD))
+}
+
+// leafPath are the commands that lead to a leaf, below whatever root it is mounted.
+func leafPath(leaf *cobra.Command) (path []string) {
 	for c := leaf; c.HasParent(); c = c.Parent() {
 		path = append([]string{c.Name()}, path...)
 	}
-	return append(path, watchName, "--trial="+t.ID, fmt.Sprintf("--ready-fd=%d", readyFD))
+	return path
 }

@@ -38,6 +38,8 @@ const (
 	// DriftAddress is ::6 on lo, DriftNames the control plane as a nameserver.
 	DriftAddress DriftKind = "address"
 	DriftNames   DriftKind = "names"
+	// DriftStored is what brings the install back after a restart.
+	DriftStored DriftKind = "stored"
 )
 
 // Drift is one departure of what stands from what was installed.

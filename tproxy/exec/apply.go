@@ -47,7 +47,7 @@ func (r *Runner) apply(ctx context.Context, p *tproxy.Plan, try *TrialOptions) (
 		return nil, err
 	}
 	t := &transaction{session: s, report: &Report{Backend: p.Backend, Why: p.BackendWhy}, bare: p.Config.DisableComments,
-		put: p.Config.Needs().Nameserver, split: p.Host.Nameserver.Split, resolvConf: tproxy.DefaultResolvConf}
+		plan: p, put: p.Config.Needs().Nameserver, split: p.Host.Nameserver.Split, resolvConf: tproxy.DefaultResolvConf}
 	t.tryOut = func() error { return t.tryQueries(p) }
 	unlock, err := s.locked(ctx)
 	if err != nil {
@@ -230,6 +230,15 @@ type transaction struct {
 	removes    bool // everything goes
 	leaveNames bool
 
+	// plan is what comes back after a restart; nil is nothing. leaveStored is not to look at
+	// what does, and later only to look.
+	plan               *tproxy.Plan
+	leaveStored, later bool
+	store              []hostChange
+	tried              bool          // by iptables-restore --test
+	rec                tproxy.Record // that is in the rules now
+	lookOnly           bool          // what is not so is an error
+
 	// begin, if set, is called once, before the first change, with what was there.
 	begin func(*Snapshot) error
 	begun bool
@@ -282,6 +291,11 @@ func (t *transaction) underLock(ctx context.Context, ipv6 bool, find func() ([]j
 			return err
 		}
 	}
+	if !t.leaveStored {
+		if err := t.lookAtStored(ctx, rec); err != nil {
+			return err
+		}
+	}
 	if err = t.drain(ctx, jobs, rec); err != nil {
 		return t.rollback(ctx, err)
 	}
@@ -302,6 +316,9 @@ func (t *transaction) underLock(ctx context.Context, ipv6 bool, find func() ([]j
 	}
 	if err == nil && !t.leaveNames {
 		err = t.writeNames(ctx)
+	}
+	if err == nil && !t.leaveStored && !t.later {
+		err = t.keep(ctx)
 	}
 	if err != nil {
 		return t.rollback(ctx, err)
@@ -347,6 +364,7 @@ func (t *transaction) write(ctx context.Context, jobs []job, rec tproxy.Record, 
 	if drop {
 		rec.PassthroughAddressOurs = false
 	}
+	t.rec = rec
 	for i := range jobs {
 		// Before anything is written: to take the last NAT rule out and put it
 		// back would cost the redirected connections.
@@ -391,6 +409,9 @@ func (t *transaction) first(ctx context.Context) error {
 }
 
 func (t *transaction) addAddress(ctx context.Context, a tproxy.AddAddress) error {
+	if t.lookOnly {
+		return &ApplyError{Step: a.String(), Family: rules.IPv6, Err: errors.New("it is not there")}
+	}
 	if err := t.first(ctx); err != nil {
 		return err
 	}
@@ -456,6 +477,9 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 		}
 		if err := blocked(j, now); err != nil {
 			return err
+		}
+		if t.lookOnly {
+			return &ApplyError{Step: j.step, Family: j.family, Err: fmt.Errorf("they are not so: %s", rules.Compare(j.family, now.Ours, want)[0])}
 		}
 		fr.Script = rules.Transition(j.family, now.Ours, want)
 		if t.dryRun {

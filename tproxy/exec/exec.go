@@ -41,6 +41,12 @@ type Runner struct {
 	// Version is what the record of an install says of the program that made it.
 	// Empty means this module's version in that program, where it has one.
 	Version string
+	// ComeBack is the command, a program by its absolute path and arguments, that a unit of
+	// systemd runs at boot, with one more argument: rules, for which it calls BringBack, or
+	// names, for BringBackNames. Without one, or where the program is of somebody whom root
+	// must not trust, the unit loads saved scripts by programs of the host instead: sh,
+	// iptables-restore, ip and resolvectl.
+	ComeBack []string
 
 	machine machine // nil is the one that we run on
 }

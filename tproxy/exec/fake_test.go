@@ -1,6 +1,7 @@
 package exec
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -64,6 +65,14 @@ type fakeMachine struct {
 	clock     time.Duration // since boot
 	onUptime  func()
 	unwatched bool
+
+	// root, if not empty, is a folder in which the host's /etc stands, and booted by
+	// systemd, unless noSystemd or elsewhere say otherwise.
+	root                 string
+	noSystemd, elsewhere string
+	running              []string // processes
+	systemState          string
+	onWrite              func() (dies bool) // of files
 
 	commands []command
 	writes   int // restores that were started, addresses changed
@@ -137,6 +146,9 @@ func (m *fakeMachine) run(_ context.Context, c command) (result, error) {
 	case "busctl":
 		return m.bus(c.Args), nil
 	case "systemctl":
+		if c.Args[0] == "is-system-running" {
+			return result{Stdout: []byte(cmp.Or(m.systemState, "running") + "\n")}, nil
+		}
 		m.writes++
 		return result{}, nil
 	}
@@ -170,7 +182,7 @@ func (m *fakeMachine) resolvConf(path string, _ bool) dns.Manager {
 	}
 	path = filepath.Join(at, filepath.Base(path))
 	return dns.Manager{
-		Env:        dns.Env{Path: path, Program: func(string) string { return "" }, Running: func(string) bool { return false }},
+		Env:        dns.Env{Path: path, Program: func(string) string { return "" }, Running: func(comm string) bool { return slices.Contains(m.running, comm) }},
 		FS:         files.FS{},
 		Namespaces: dns.Namespaces{Meant: true},
 	}

@@ -112,6 +112,15 @@ type machine interface {
 	resolvConf(path string, shared bool) dns.Manager
 	// delegate manages the file of ours that systemd-resolved reads.
 	delegate() dns.DelegateManager
+	// disk is where an install is kept.
+	disk() disk
+	// systemd returns the reason for which systemd cannot bring anything back into this
+	// network namespace, and the one for which the files of the host are not its own;
+	// empty where there is none.
+	systemd() (no, elsewhere string)
+	// installer is the process that holds the lock of lock.
+	installer() (pid int, ok bool)
+	pid() int
 	// meshLink looks for the interface tproxy.MeshLink; addMeshLink makes it.
 	meshLink() (kernel.Link, bool, error)
 	addMeshLink(alias string, address netip.Prefix) (kernel.Link, error)
@@ -407,6 +416,40 @@ func (m system) resolvConf(path string, shared bool) dns.Manager {
 
 func (system) delegate() dns.DelegateManager {
 	return dns.DelegateManager{Path: dns.DelegatePath, FS: files.FS{}}
+}
+
+func (system) disk() disk { return files.FS{} }
+func (system) pid() int   { return os.Getpid() }
+
+func (system) installer() (int, bool) {
+	held, ok := kernel.Holder(lockName)
+	return held.PID, ok
+}
+
+// unitFolder is where units of the host's own stand (systemd.unit(5)).
+const unitFolder = "/etc/systemd/system"
+
+func (m system) systemd() (no, elsewhere string) {
+	if ns := files.Namespaces(); ns.Self == "" || ns.Self != ns.Init {
+		elsewhere = "this network namespace is not that of process 1"
+		return elsewhere, elsewhere
+	}
+	// sd_booted(3), and that it is process 1 which we see: a container may have the
+	// host's folder.
+	if _, err := os.Stat("/run/systemd/system"); err != nil || strings.TrimSpace(readProc("1", "comm")) != "systemd" {
+		no = "systemd is not process 1 here"
+	} else if !files.SameFolder(unitFolder, "/proc/1/root"+unitFolder) {
+		no = "process 1 has another " + unitFolder + " than this process"
+		elsewhere = no + ": this is a container"
+	} else if err := (files.FS{}).Writable(unitFolder); err != nil {
+		no = fmt.Sprintf("%s cannot be written to: %v", unitFolder, err)
+	} else if path, _ := m.find("systemctl"); path == "" {
+		no = "systemctl is not here"
+	}
+	if is, why := m.procs().Container(); is && no != "" && elsewhere == "" {
+		elsewhere = "this is a container (" + why + ")"
+	}
+	return no, elsewhere
 }
 
 func (system) meshLink() (kernel.Link, bool, error) { return kernel.FindLink(tproxy.MeshLink) }

@@ -64,6 +64,9 @@ func (s *session) probe(ctx context.Context, n tproxy.Needs) (h tproxy.Host, err
 		}
 	}
 	h.Variants = s.variants(ctx)
+	if n.Persist != nil {
+		s.persistence(ctx, *n.Persist, &h)
+	}
 	return h, nil
 }
 

@@ -50,6 +50,7 @@ func (s *session) split(ctx context.Context, owned *dns.OwnedError, h *tproxy.Ho
 type hostChange struct {
 	do, undo string
 	nothing  bool // everything is as it is to be
+	notes    []string
 	run      func(context.Context) error
 	back     func(context.Context) error // however far run came
 }

@@ -139,6 +139,19 @@ func (s *session) restore(ctx context.Context, v tproxy.Variant, f rules.Family,
 	return nil
 }
 
+// test has iptables-restore read a script and try it, without a commit.
+func (s *session) test(ctx context.Context, v tproxy.Variant, f rules.Family, step string, script []byte) error {
+	c := command{Path: v.For(f).Restore, Args: []string{"--noflush", "--test", fmt.Sprintf("--wait=%d", max(1, s.wait/time.Second))}, Stdin: script}
+	r, err := s.run(ctx, c)
+	if err != nil {
+		return &ApplyError{Step: step, Family: f, Program: c.Path, Err: err}
+	}
+	if r.Exit != 0 {
+		return s.failure(ctx, step, f, v, c.Path, script, r)
+	}
+	return nil
+}
+
 // maxStderr is how much of a program's stderr an error keeps, in bytes.
 const maxStderr = 4096
 

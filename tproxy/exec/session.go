@@ -20,10 +20,12 @@ type session struct {
 	log *slog.Logger
 
 	recorded           string   // the version in a record
+	comeBack           []string // Runner.ComeBack
 	lock               *os.File // what children inherit, while it is held
 	wait, waitInterval time.Duration
 	processes, retries int
 	counters           bool             // whether rules are read with what they have counted
+	anyUnit            bool             // whether a unit of ours will do as it is
 	known              []tproxy.Variant // what variants has found, for a session that changes nothing
 
 	former map[place]rules.Set // to which the way back leads
@@ -40,7 +42,7 @@ func (s *session) patient(c tproxy.Config) {
 }
 
 func (r *Runner) session() (*session, error) {
-	s := &session{m: r.machine, log: r.Log, recorded: r.Version, wait: tproxy.DefaultWait}
+	s := &session{m: r.machine, log: r.Log, recorded: r.Version, comeBack: r.ComeBack, wait: tproxy.DefaultWait}
 	if s.m == nil {
 		if runtime.GOOS != "linux" {
 			return nil, fmt.Errorf("netfilter on %s: %w", runtime.GOOS, ErrUnsupported)

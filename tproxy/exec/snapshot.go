@@ -221,7 +221,7 @@ func (r *Runner) Restore(ctx context.Context, before *Snapshot, o RestoreOptions
 
 // goBack is Restore for who has the lock.
 func (s *session) goBack(ctx context.Context, before *Snapshot, o RestoreOptions) (*Report, error) {
-	t := &transaction{session: s, report: &Report{}, leaveNames: o.LeaveNames, removes: len(before.Rules) == 0, resolvConf: tproxy.DefaultResolvConf}
+	t := &transaction{session: s, report: &Report{}, leaveNames: o.LeaveNames, leaveStored: true, removes: len(before.Rules) == 0, resolvConf: tproxy.DefaultResolvConf}
 	if n := before.Nameserver; n != nil {
 		t.put, t.split = &tproxy.PutNameserver{Path: n.Path, Address: n.Address, Shared: n.Shared}, n.Split
 	}

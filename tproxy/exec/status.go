@@ -165,6 +165,7 @@ func (l *looker) look(ctx context.Context) error {
 	if err := l.names(ctx, plan); err != nil {
 		return err
 	}
+	l.stored(ctx, plan)
 	l.others(plan)
 	l.Notes = append(l.Notes, l.listening(plan)...)
 	return nil
@@ -255,6 +256,15 @@ func (l *looker) leftovers(ctx context.Context) error {
 			l.drift(tproxy.Drift{Kind: tproxy.DriftNames, Is: c.undo, Why: gone})
 		}
 	}
+	_, elsewhere := l.m.systemd()
+	for _, by := range ways {
+		if by == tproxy.PersistSystemd && elsewhere != "" || by == tproxy.PersistFirewalld && !l.directHere(false) {
+			continue
+		}
+		if c, err := l.dropStored(by); err == nil && !c.nothing {
+			l.drift(tproxy.Drift{Kind: tproxy.DriftStored, Is: c.undo, Why: gone + "; a restart would bring it back"})
+		}
+	}
 	_, v6 := tproxy.PassthroughAddresses()
 	if there, err := l.m.hasAddress(v6); err == nil && there {
 		l.Notes = append(l.Notes, hostPrefix(v6).String()+" is on lo: an install may have been here, ours or Kuma's, whose rules are gone")
@@ -276,8 +286,8 @@ func (l *looker) plan(ctx context.Context) (*tproxy.Plan, error) {
 		return nil, nil
 	}
 	// What would keep an install from being made is no reason not to look at one.
-	shells, refused := host.RemoteShells, host.Nameserver.Refused
-	host.RemoteShells, host.Nameserver.Refused = nil, ""
+	shells, refused, persistence := host.RemoteShells, host.Nameserver.Refused, host.Persistence
+	host.RemoteShells, host.Nameserver.Refused, host.Persistence = nil, "", tproxy.Persistence{}
 	plan, err := tproxy.Build(config, host)
 	if err != nil {
 		l.cannot("what an install would make here now: %v", err)
@@ -292,7 +302,38 @@ func (l *looker) plan(ctx context.Context) (*tproxy.Plan, error) {
 			l.Notes = append(l.Notes, e.Error())
 		}
 	}
+	plan.Host.Persistence = persistence
 	return plan, nil
+}
+
+// stored looks whether the install will come back after a restart, as one that is made now
+// would.
+func (l *looker) stored(ctx context.Context, plan *tproxy.Plan) {
+	if f, err := l.trial(); err != nil || f != nil {
+		return // it does once it is confirmed
+	}
+	config := plan.Config
+	config.Backend = l.found.Backend
+	p, err := tproxy.Build(config, plan.Host)
+	if err != nil {
+		l.drift(tproxy.Drift{Kind: tproxy.DriftStored, Why: err.Error()})
+		return
+	}
+	p.Config = *l.Config // as the record has it
+	l.anyUnit = true
+	t := transaction{session: l.session, plan: p, report: &Report{Before: l.found}, dryRun: true}
+	if err := t.lookAtStored(ctx, l.found.Record); err != nil {
+		l.drift(tproxy.Drift{Kind: tproxy.DriftStored, Why: err.Error()})
+		return
+	}
+	for _, c := range t.store {
+		if !c.nothing {
+			l.drift(tproxy.Drift{Kind: tproxy.DriftStored, Was: c.do, Why: "that is not so, or of another install"})
+		}
+	}
+	if p.Persist == tproxy.PersistNone && config.Persist == tproxy.PersistAuto {
+		l.Notes = append(l.Notes, "the rules do not outlive a restart of this host: "+p.PersistWhy)
+	}
 }
 
 // compare compares the rules.

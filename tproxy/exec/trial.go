@@ -113,6 +113,7 @@ const (
 	trialKind  = "trial"
 	beforeKind = "before"
 	lastKind   = "last"
+	keepKind   = "keep" // what comes back after a restart, once it is confirmed
 )
 
 // trialVersion is that of the form of these files.
@@ -258,7 +259,7 @@ func (s *session) settle(ctx context.Context) (notes []string, err error) {
 		return []string{last.outcome().String()}, nil
 	}
 	if !f.Armed { // by a run that was killed before it had changed anything
-		return nil, s.removeState(trialKind, beforeKind)
+		return nil, s.removeState(trialKind, beforeKind, keepKind)
 	}
 	t, err := s.describe(f)
 	if err != nil {
@@ -303,6 +304,7 @@ func (r *Runner) Try(ctx context.Context, p *tproxy.Plan, o TrialOptions) (*Repo
 // change.
 func (t *transaction) try(ctx context.Context, o TrialOptions, run func() error) error {
 	var f *trialFile
+	t.later = true
 	t.begin = func(before *Snapshot) error {
 		var err error
 		if f, err = t.startTrial(ctx, before, o); err != nil {
@@ -311,6 +313,14 @@ func (t *transaction) try(ctx context.Context, o TrialOptions, run func() error)
 		return nil
 	}
 	err := run()
+	if f == nil && err == nil {
+		// The rules are the same, so that there is nothing to be tried; how they come back
+		// may be another.
+		t.begin = nil
+		if err = t.keep(ctx); err != nil {
+			err = t.rollback(ctx, err)
+		}
+	}
 	if f == nil {
 		return err
 	}
@@ -320,7 +330,7 @@ func (t *transaction) try(ctx context.Context, o TrialOptions, run func() error)
 			e.Remedy = cmp.Or(e.Remedy, "the former state is put back once more in "+o.Within.String())
 			return err
 		}
-		return errors.Join(err, t.removeState(trialKind, beforeKind))
+		return errors.Join(err, t.removeState(trialKind, beforeKind, keepKind))
 	}
 	// The time counts from now on: to wait for a lock may have taken some of it.
 	up, err := t.m.uptime()
@@ -336,38 +346,41 @@ func (t *transaction) try(ctx context.Context, o TrialOptions, run func() error)
 	return nil
 }
 
-func (s *session) startTrial(ctx context.Context, before *Snapshot, o TrialOptions) (f *trialFile, err error) {
+func (t *transaction) startTrial(ctx context.Context, before *Snapshot, o TrialOptions) (f *trialFile, err error) {
 	id := make([]byte, 4)
 	rand.Read(id) // never fails (crypto/rand)
-	boot, err := s.m.boot()
+	boot, err := t.m.boot()
 	if err != nil {
 		return nil, err
 	}
-	up, err := s.m.uptime()
+	up, err := t.m.uptime()
 	if err != nil {
 		return nil, err
 	}
 	f = &trialFile{Version: trialVersion, ID: hex.EncodeToString(id), Boot: boot, Within: o.Within, Deadline: up + o.Within, Began: time.Now()}
-	if err := s.writeState(beforeKind, before); err != nil {
+	if err := t.writeState(beforeKind, before); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, s.removeState(trialKind, beforeKind))
+			err = errors.Join(err, t.removeState(trialKind, beforeKind, keepKind))
 		}
 	}()
-	if err := s.writeState(trialKind, f); err != nil {
+	if err := t.writeState(keepKind, savedOf(t.plan)); err != nil {
 		return nil, err
 	}
-	t, err := s.describe(f)
+	if err := t.writeState(trialKind, f); err != nil {
+		return nil, err
+	}
+	trial, err := t.describe(f)
 	if err != nil {
 		return nil, err
 	}
-	if f.By, err = o.Watch(ctx, t); err != nil {
+	if f.By, err = o.Watch(ctx, trial); err != nil {
 		return nil, err
 	}
 	f.Armed = true
-	return f, s.writeState(trialKind, f)
+	return f, t.writeState(trialKind, f)
 }
 
 // ConfirmOptions say how to confirm.
@@ -407,14 +420,48 @@ func (r *Runner) Confirm(ctx context.Context, o ConfirmOptions) (Trial, error) {
 	if err != nil {
 		return Trial{}, err
 	}
+	if err := s.keepConfirmed(ctx); err != nil {
+		return t, err
+	}
 	if err := s.removeState(trialKind); err != nil { // from here on there is no way back
 		return t, err
 	}
-	err = errors.Join(s.removeState(beforeKind), s.writeState(lastKind, &lastFile{Version: trialVersion, ID: f.ID, At: time.Now(), Confirmed: true}))
+	err = errors.Join(s.removeState(beforeKind, keepKind), s.writeState(lastKind, &lastFile{Version: trialVersion, ID: f.ID, At: time.Now(), Confirmed: true}))
 	if err != nil {
 		s.log.Warn("confirmed, but that could not be noted", "error", err)
 	}
 	return t, nil
+}
+
+// keepConfirmed has an install come back after a restart that was on trial up to now. What
+// fails is undone, and the trial goes on.
+func (s *session) keepConfirmed(ctx context.Context) error {
+	var i savedInstall
+	there, err := s.readState(keepKind, &i)
+	if err != nil || !there { // an earlier version has made the trial
+		return err
+	}
+	s.patient(i.Config)
+	p, err := s.planOf(ctx, i)
+	if err != nil {
+		return err
+	}
+	t := &transaction{session: s, report: &Report{}, plan: p}
+	for _, f := range p.Families {
+		v, _ := p.Host.Variant(p.Backend)
+		l, err := s.save(ctx, v, f)
+		if err != nil {
+			return err
+		}
+		if rec, err := tproxy.ReadRecord(l.Ours); err == nil {
+			t.rec = rec
+			break
+		}
+	}
+	if err := t.keep(ctx); err != nil {
+		return t.rollback(ctx, err)
+	}
+	return nil
 }
 
 // Trial returns the install that waits for its confirmation, nil where none does, and
@@ -453,7 +500,7 @@ func (t *transaction) endTrial(dryRun bool) error {
 	}
 	// One that cannot be read too; and how the one before it ended is no answer any more
 	// to who asks what became of this one.
-	if err := t.removeState(trialKind, beforeKind, lastKind); err != nil {
+	if err := t.removeState(trialKind, beforeKind, keepKind, lastKind); err != nil {
 		return err
 	}
 	t.report.Notes = append(t.report.Notes, "an install waited to be confirmed: that is over, and nothing is put back any more")
@@ -542,7 +589,7 @@ func (s *session) overdue(ctx context.Context, f *trialFile, leaveNames bool) (*
 		return nil, err
 	}
 	if !now.Armed {
-		return nil, s.removeState(trialKind, beforeKind)
+		return nil, s.removeState(trialKind, beforeKind, keepKind)
 	}
 	return s.giveUp(context.WithoutCancel(ctx), now, leaveNames)
 }
@@ -574,7 +621,7 @@ func (s *session) giveUp(ctx context.Context, f *trialFile, leaveNames bool) (*T
 	if err != nil {
 		return nil, err
 	}
-	if err := s.removeState(trialKind, beforeKind); err != nil {
+	if err := s.removeState(trialKind, beforeKind, keepKind); err != nil {
 		return nil, err
 	}
 	return last.outcome(), nil

@@ -140,6 +140,27 @@ func (FS) RenameNew(from, to string) error {
 	return syncFolder(to)
 }
 
+// Symlink makes a symbolic link.
+func (FS) Symlink(to, name string) error {
+	if err := os.Symlink(to, name); err != nil {
+		return err
+	}
+	return syncFolder(name)
+}
+
+// Writable returns the reason for which nothing can be written to a folder.
+func (FS) Writable(folder string) error { return writable(folder) }
+
+// SameFolder reports whether two paths lead to one folder.
+func SameFolder(a, b string) bool {
+	x, err := os.Stat(a)
+	if err != nil {
+		return false
+	}
+	y, err := os.Stat(b)
+	return err == nil && os.SameFile(x, y)
+}
+
 // Remove removes a file.
 func (FS) Remove(name string) error {
 	if err := os.Remove(name); err != nil {

@@ -176,3 +176,13 @@ func chown(f *os.File, like dns.Info) error {
 	}
 	return f.Chown(int(like.UID), int(like.GID))
 }
+
+// writable asks as access(2) does, which answers for a file system that is read-only as
+// well.
+func writable(folder string) error {
+	const wOK = 2 // W_OK (unistd.h)
+	if err := syscall.Access(folder, wOK); err != nil {
+		return &os.PathError{Op: "access", Path: folder, Err: err}
+	}
+	return nil
+}

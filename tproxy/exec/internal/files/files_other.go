@@ -11,6 +11,7 @@ import (
 
 func isBusy(error) bool    { return false }
 func rmdir(string) error   { return errors.ErrUnsupported }
+func writable(string) error { return errors.ErrUnsupported }
 func isInvalid(error) bool { return false }
 
 func inode(os.FileInfo) string { return "" }

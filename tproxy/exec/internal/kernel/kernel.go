@@ -63,6 +63,9 @@ type Route struct {
 	Local bool
 }
 
+// LinkGroup is the group of an interface of ours: "KUMA" (ip-link(8), GROUP).
+const LinkGroup = 0x4b554d41
+
 // Link is an interface of ours.
 type Link struct {
 	Index uint32

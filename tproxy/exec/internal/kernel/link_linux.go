@@ -24,7 +24,6 @@ const (
 	ifinfoFlags       = 8
 	maxInterfaceName  = syscall.IFNAMSIZ - 1
 	peerSuffix        = "-p"
-	linkGroup         = 0x4b554d41 // "KUMA"
 	maxInterfaceAlias = 255        // IFALIASZ less its NUL
 )
 
@@ -84,7 +83,7 @@ func linkHeader(flags uint32, name string) []byte {
 	binary.NativeEndian.PutUint32(body[ifinfoFlags:], flags)
 	binary.NativeEndian.PutUint32(body[ifinfoFlags+4:], flags) // those that change
 	body = appendAttr(body, syscall.IFLA_IFNAME, append([]byte(name), 0))
-	return appendAttr(body, iflaGroup, binary.NativeEndian.AppendUint32(nil, linkGroup))
+	return appendAttr(body, iflaGroup, binary.NativeEndian.AppendUint32(nil, LinkGroup))
 }
 
 func newLink(name, kind string, data []byte) error {
@@ -130,7 +129,7 @@ func FindLink(name string) (Link, bool, error) {
 		l.Up = binary.NativeEndian.Uint32(body[ifinfoFlags:])&syscall.IFF_UP != 0
 		for typ, value := range attrs(body, ifinfoHeader) {
 			if typ == iflaGroup && len(value) == 4 {
-				l.Ours = binary.NativeEndian.Uint32(value) == linkGroup
+				l.Ours = binary.NativeEndian.Uint32(value) == LinkGroup
 			}
 		}
 		return false

@@ -1,0 +1,72 @@
+package exec
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/dns"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
+	"github.com/kumahq/kuma-tproxy/tproxy/persist"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// scriptName is the script of a family, for iptables-restore.
+func scriptName(f rules.Family) string { return fmt.Sprintf("%s/rules.v%d", storeDir, f) }
+
+// namesScript is a script of sh.
+const namesScript = storeDir + "/names.sh"
+
+// scripts are what a unit loads where there is no program of ours, and the commands that
+// do it.
+func (s *session) scripts(p *tproxy.Plan, service, names *persist.Service) (out []storedFile, err error) {
+	need := func(name string) (path string) {
+		path, _ = s.m.find(name)
+		if path == "" && err == nil {
+			err = fmt.Errorf("%s is not on PATH, %s: %w", name, strings.Join(programDirs, ", "), ErrUnsupported)
+		}
+		return path
+	}
+	sh := need("sh")
+	v, _ := p.Host.Variant(p.Backend)
+	_, record := tproxy.RecordChain()
+	wait := max(1, (p.Config.Wait+time.Second-1)/time.Second)
+	_, v6 := tproxy.PassthroughAddresses()
+	for _, f := range p.Families {
+		if f == rules.IPv6 {
+			// Before the rules: there is no record yet that could be wrong.
+			service.Commands = append(service.Commands, []string{need("ip"), "-6", "address", "replace", hostPrefix(v6).String(), "dev", "lo"})
+		}
+		name, programs := scriptName(f), v.For(f)
+		out = append(out, newFile(name, p.WithRecord(tproxy.Record{Version: s.recorded, PassthroughAddressOurs: len(p.Families) > 1}).IPTables(f)))
+		// What stands already is not loaded twice: the jumps would be there twice.
+		service.Commands = append(service.Commands, []string{sh, "-c",
+			fmt.Sprintf("%s -t nat | grep -q '^:%s ' || exec %s --noflush --wait=%d <%s", quoted(programs.Save), record, quoted(programs.Restore), wait, name)})
+		service.Files = append(service.Files, name)
+	}
+	if p.Config.DNS.ControlPlane.IsValid() && p.Host.Nameserver.Split == tproxy.SplitLink {
+		out = append(out, newFile(namesScript, []byte(namesText(need("ip"), need("resolvectl"), p.Config.DNS.ControlPlane.String()))))
+		names.Commands = [][]string{{sh, "-e", namesScript}}
+	}
+	return out, err
+}
+
+// namesText does what setMesh does.
+func namesText(ip, resolvectl, server string) string {
+	link := tproxy.MeshLink
+	return fmt.Sprintf(`# Made by kuma-tproxy: names in .%[1]s are asked of the control plane.
+%[4]s link show %[2]s >/dev/null 2>&1 && exit 0
+from=$(%[4]s -o route get %[3]s | sed -n 's/.* src \([^ ]*\).*/\1/p')
+%[4]s link add %[2]s group %[6]d type dummy
+%[4]s link set %[2]s addrgenmode none up
+%[4]s address add "$from/32" dev %[2]s
+%[5]s default-route %[2]s no
+for off in llmnr mdns dnssec dnsovertls; do %[5]s $off %[2]s no; done
+%[5]s domain %[2]s '~%[1]s'
+%[5]s dns %[2]s %[3]s
+`, dns.Mesh, link, server, quoted(ip), quoted(resolvectl), kernel.LinkGroup)
+}
+
+// quoted is one word of sh.
+func quoted(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }

@@ -1,0 +1,409 @@
+package exec
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/dns"
+	"github.com/kumahq/kuma-tproxy/tproxy/persist"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// wants is the folder whose links have systemd start what they lead to, with the unit
+// that it is named after (systemd.unit(5)).
+func wants(of, unit string) string { return unitFolder + "/" + of + ".wants/" + unit }
+
+// unitPath is where a unit of ours stands.
+func unitPath(unit string) string { return unitFolder + "/" + unit }
+
+// The folders in which systemd looks for units (systemd.unit(5)).
+var unitFolders = []string{unitFolder, "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"}
+
+// loaders are those of persist.Loaders that are on this host.
+func (s *session) loaders() []string {
+	return slices.DeleteFunc(persist.Loaders(), func(l string) bool {
+		return !slices.ContainsFunc(unitFolders, func(f string) bool {
+			_, err := s.m.disk().Lstat(path.Join(f, l))
+			return err == nil
+		})
+	})
+}
+
+// unitFiles are all files that may belong to the unit, in the order in which they are
+// made: when the last link is there, systemd has everything.
+func unitFiles() []string {
+	names := []string{savedName, scriptName(rules.IPv4), scriptName(rules.IPv6), namesScript, unitPath(persist.UnitName), unitPath(persist.NamesUnitName)}
+	for _, l := range persist.Loaders() {
+		names = append(names, unitFolder+"/"+l+".d/"+persist.DropInName, wants(l, persist.UnitName))
+	}
+	return append(names, wants(bootTarget, persist.NamesUnitName), wants(bootTarget, persist.UnitName))
+}
+
+const bootTarget = "multi-user.target"
+
+// unit is the change by which systemd brings a plan's install back; nil takes out what
+// brings any back.
+func (s *session) unit(p *tproxy.Plan) (hostChange, error) {
+	want := map[string]storedFile{}
+	c := hostChange{do: "no unit " + persist.UnitName, undo: "the unit " + persist.UnitName + " as it was"}
+	if p != nil {
+		files, by, notes, err := s.wanted(p)
+		if err != nil {
+			return hostChange{}, err
+		}
+		for _, f := range files {
+			want[f.path] = f
+		}
+		c.do, c.notes = fmt.Sprintf("the unit %s, which runs %s at boot", persist.UnitName, by), notes
+	}
+	var was, is []storedFile
+	for _, name := range unitFiles() {
+		now, err := s.readStored(name)
+		if err != nil {
+			if _, wanted := want[name]; !wanted {
+				continue
+			}
+			return hostChange{}, err
+		}
+		f, wanted := want[name]
+		if !wanted {
+			f = storedFile{path: name}
+		}
+		if s.anyUnit && isProgrammed(name) && wanted == now.there() {
+			f = now // by whichever program
+		}
+		if ours := s.unitOurs(now); !ours && wanted {
+			return hostChange{}, &dns.FileError{Path: name, What: "is there and is not ours", Remedy: "give it another name, or choose another way with --persist"}
+		} else if !ours {
+			continue
+		}
+		if now.same(f) && wanted || !now.there() && !wanted {
+			continue
+		}
+		was, is = append(was, now), append(is, f)
+	}
+	c.nothing = len(is) == 0
+	if p == nil {
+		slices.Reverse(was)
+		slices.Reverse(is)
+	} else {
+		c.undo = "no unit " + persist.UnitName
+		if slices.ContainsFunc(was, storedFile.there) {
+			c.undo = "the unit " + persist.UnitName + " as it was"
+		}
+	}
+	done := 0
+	c.run = func(ctx context.Context) (err error) {
+		if p == nil {
+			s.quietly(ctx, "stop", persist.UnitName, persist.NamesUnitName)
+		}
+		if done, err = s.putAll(was, is); err != nil {
+			return err
+		}
+		if p == nil {
+			s.quietly(ctx, "daemon-reload")
+			s.quietly(ctx, "reset-failed", persist.UnitName, persist.NamesUnitName)
+			return nil
+		}
+		if err := s.tell(ctx, "systemctl", "daemon-reload"); err != nil {
+			return err
+		}
+		return s.startUnit(ctx, p)
+	}
+	c.back = func(ctx context.Context) error {
+		n := min(done+1, len(is)) // the one that failed too
+		back, then := slices.Clone(is[:n]), slices.Clone(was[:n])
+		slices.Reverse(back)
+		slices.Reverse(then)
+		for i := range back { // what was not done is as it was
+			if now, err := s.readStored(back[i].path); err == nil {
+				back[i] = now
+			}
+		}
+		_, err := s.putAll(back, then)
+		s.quietly(ctx, "daemon-reload")
+		return err
+	}
+	return c, nil
+}
+
+// isProgrammed reports whether a file is made for the program that comes back.
+func isProgrammed(name string) bool {
+	return name == unitPath(persist.UnitName) || name == unitPath(persist.NamesUnitName) || strings.HasPrefix(name, storeDir+"/") && name != savedName
+}
+
+// quietly tells systemd what it may not want to hear: a unit that is not loaded cannot be
+// stopped.
+func (s *session) quietly(ctx context.Context, args ...string) {
+	if err := s.tell(ctx, "systemctl", args...); err != nil {
+		s.log.Debug("systemctl", "error", err)
+	}
+}
+
+// unitOurs reports whether what stands at one of unitFiles may be replaced or taken away.
+func (s *session) unitOurs(f storedFile) bool {
+	switch {
+	case !f.there() || strings.HasPrefix(f.path, storeDir+"/"):
+		return true
+	case strings.HasSuffix(path.Dir(f.path), ".wants"):
+		// One that leads to a unit of others of the same name is theirs.
+		unit, err := s.readStored(unitPath(path.Base(f.path)))
+		return f.link != "" && path.Base(f.link) == path.Base(f.path) && err == nil && (!unit.there() || persist.OurUnit(unit.text))
+	}
+	return f.link == "" && persist.OurUnit(f.text)
+}
+
+// wanted are the files by which systemd brings a plan's install back, and in words what
+// it runs.
+func (s *session) wanted(p *tproxy.Plan) (out []storedFile, by string, notes []string, err error) {
+	text, err := savedOf(p).text()
+	if err != nil {
+		return nil, "", nil, err
+	}
+	out = append(out, newFile(savedName, text))
+	service := persist.Service{
+		Description: "Kuma transparent proxying: connections go to the data plane proxy",
+		Files:       []string{savedName}, Writable: []string{"/run"},
+	}
+	names := persist.Service{Description: "Names of the mesh: systemd-resolved asks the control plane", Files: []string{savedName}, Writable: []string{"/run"}}
+	if p.Backend == tproxy.IPTablesLegacy { // iptables loads it itself, where it may (xtables_load_ko, libxtables)
+		service.Modules = []string{"ip_tables", "ip6_tables"}
+	}
+	program, why := s.comeBack, s.unstable()
+	if why == "" {
+		by = program[0]
+		service.Commands = [][]string{append(slices.Clone(program), "rules")}
+		names.Commands = [][]string{append(slices.Clone(program), "names")}
+	} else {
+		by = "iptables-restore with saved scripts"
+		if len(program) > 0 {
+			notes = append(notes, "at boot saved scripts are loaded, and not by the program that installs: "+why)
+		}
+		scripts, err := s.scripts(p, &service, &names)
+		if err != nil {
+			return nil, "", nil, err
+		}
+		out = append(out, scripts...)
+	}
+	split := p.Config.DNS.ControlPlane.IsValid() && p.Host.Nameserver.Split == tproxy.SplitLink
+	units, err := s.units(service, names, split)
+	return append(out, units...), by, notes, err
+}
+
+// units are the units, what goes with them, and the links that enable them.
+func (s *session) units(service, names persist.Service, split bool) (out []storedFile, err error) {
+	// The texts are made as if nothing stood there: whose that is, unit finds out.
+	text, err := persist.Unit(nil, service)
+	if err != nil {
+		return nil, err
+	}
+	out = append(out, newFile(unitPath(persist.UnitName), text))
+	if split {
+		if text, err = persist.NamesUnit(nil, names); err != nil {
+			return nil, err
+		}
+		out = append(out, newFile(unitPath(persist.NamesUnitName), text))
+	}
+	for _, l := range s.loaders() {
+		if text, err = persist.DropIn(nil); err != nil {
+			return nil, err
+		}
+		out = append(out, newFile(unitFolder+"/"+l+".d/"+persist.DropInName, text), newLink(wants(l, persist.UnitName), unitPath(persist.UnitName)))
+	}
+	if split {
+		out = append(out, newLink(wants(bootTarget, persist.NamesUnitName), unitPath(persist.NamesUnitName)))
+	}
+	return append(out, newLink(wants(bootTarget, persist.UnitName), unitPath(persist.UnitName))), nil
+}
+
+// unstable is the reason for which a unit that runs as root must not run the program that
+// installs; empty where it may.
+func (s *session) unstable() string {
+	if len(s.comeBack) == 0 {
+		return "there is none"
+	}
+	name := s.comeBack[0]
+	for _, gone := range []string{"/tmp/", "/var/tmp/", "/run/", "/dev/", "/proc/"} {
+		if strings.HasPrefix(name, gone) {
+			return name + " will not be there"
+		}
+	}
+	for p := path.Clean(name); ; p = path.Dir(p) {
+		info, err := s.m.disk().Lstat(p)
+		switch {
+		case err != nil:
+			return err.Error()
+		case info.UID != 0:
+			return fmt.Sprintf("%s is of the user %d, who could have root run another one", p, info.UID)
+		case info.Mode&0o002 != 0, info.Mode&0o020 != 0 && info.GID >= firstUser:
+			return fmt.Sprintf("%s, with mode %04o, can be changed by others, who could have root run another one", p, info.Mode)
+		case p == "/":
+			return ""
+		}
+	}
+}
+
+// firstUser is the first group of people: those below are the system's, such as staff,
+// which may write to /usr/local on an older Debian.
+const firstUser = 1000
+
+// startUnit has systemd run what it runs at boot, now: if that cannot be, it is better
+// known today. While the system is starting, or something else is in the way, nothing
+// waits for it.
+func (s *session) startUnit(ctx context.Context, p *tproxy.Plan) error {
+	state := s.systemState(ctx)
+	switch state {
+	case "running", "degraded":
+	case "initializing", "starting":
+		return s.tell(ctx, "systemctl", "--no-block", "restart", persist.UnitName)
+	default:
+		return fmt.Errorf("systemd is in state %q: accepted are running, degraded and starting; systemctl is-system-running says it", state)
+	}
+	if err := s.writeState(storingKind, storingFile{PID: s.m.pid()}); err != nil {
+		return err
+	}
+	defer func() {
+		if err := s.removeState(storingKind); err != nil {
+			s.log.Warn("a file is left", "error", err)
+		}
+	}()
+	units := []string{persist.UnitName}
+	if p.Config.DNS.ControlPlane.IsValid() && p.Host.Nameserver.Split == tproxy.SplitLink {
+		units = append(units, persist.NamesUnitName)
+	}
+	for _, u := range units {
+		if err := s.tell(ctx, "systemctl", "restart", u); err != nil {
+			return fmt.Errorf("%w%s", err, s.journal(ctx, u))
+		}
+	}
+	return nil
+}
+
+// systemState is what systemctl is-system-running prints, whatever its exit code.
+func (s *session) systemState(ctx context.Context) string {
+	path, _ := s.m.find("systemctl")
+	r, err := s.run(ctx, command{Path: path, Args: []string{"is-system-running"}})
+	if err != nil {
+		return err.Error()
+	}
+	return strings.TrimSpace(string(r.Stdout))
+}
+
+// journal is what a unit said last.
+func (s *session) journal(ctx context.Context, unit string) string {
+	text, err := s.ask(ctx, "journalctl", "--unit="+unit, "--lines=5", "--output=cat", "--no-pager", "--quiet")
+	if err != nil || strings.TrimSpace(text) == "" {
+		return ""
+	}
+	return ":\n" + strings.TrimSpace(text)
+}
+
+// storingKind says that the process that holds the lock has its unit tried.
+const storingKind = "storing"
+
+type storingFile struct {
+	PID int `json:"pid"`
+}
+
+// storing reports whether who holds the lock waits for us.
+func (s *session) storing() bool {
+	var f storingFile
+	there, err := s.readState(storingKind, &f)
+	if err != nil || !there {
+		return false
+	}
+	pid, held := s.m.installer()
+	return held && pid == f.PID
+}
+
+// BringBack installs again what was saved when an install was made that systemd brings
+// back: the rules, and ::6. It is what the unit runs, at boot and when a firewall has
+// flushed the rules; what stands is left alone. Where nothing is saved, nothing is done,
+// and the report says so.
+func (r *Runner) BringBack(ctx context.Context) (*Report, error) {
+	return r.bringBack(ctx, func(s *session, p *tproxy.Plan, t *transaction) error {
+		t.leaveNames = true
+		return t.underLock(ctx, slices.Contains(p.Families, rules.IPv6), func() ([]job, error) { return t.applyJobs(p) })
+	})
+}
+
+// BringBackNames has systemd-resolved ask the control plane again, where an install had
+// it do so by the interface of ours, which a boot takes away.
+func (r *Runner) BringBackNames(ctx context.Context) (*Report, error) {
+	return r.bringBack(ctx, func(s *session, p *tproxy.Plan, t *transaction) error {
+		if !p.Config.DNS.ControlPlane.IsValid() || p.Host.Nameserver.Split != tproxy.SplitLink {
+			return nil
+		}
+		c, err := s.meshLink(ctx, p.Config.DNS.ControlPlane)
+		if err != nil || c.nothing {
+			return err
+		}
+		if t.lookOnly {
+			return fmt.Errorf("%s is not so", c.do)
+		}
+		t.names = []hostChange{c}
+		if err := t.writeSplit(ctx); err != nil {
+			return t.rollback(ctx, err)
+		}
+		return nil
+	})
+}
+
+func (r *Runner) bringBack(ctx context.Context, do func(*session, *tproxy.Plan, *transaction) error) (*Report, error) {
+	s, err := r.session()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.m.privileged(); err != nil {
+		return nil, err
+	}
+	s.wait = bootWait
+	t := &transaction{session: s, report: &Report{}, leaveStored: true}
+	if t.lookOnly = s.storing(); !t.lookOnly {
+		unlock, err := s.locked(ctx)
+		if err != nil {
+			return nil, err
+		}
+		defer unlock()
+		if f, err := s.trial(); err != nil {
+			return nil, err
+		} else if f != nil && f.Armed {
+			t.report.Notes = append(t.report.Notes, "an install waits for its confirmation: what is saved is the one before it, and is not brought back now")
+			return t.report, nil
+		}
+	}
+	text, err := s.m.disk().ReadFile(savedName, maxStored)
+	if errors.Is(err, fs.ErrNotExist) {
+		t.report.Notes = append(t.report.Notes, "nothing is saved in "+savedName+": there is nothing to bring back")
+		return t.report, nil
+	}
+	var i savedInstall
+	if err == nil {
+		i, err = readSaved(text)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", savedName, err)
+	}
+	s.patient(i.Config)
+	p, err := s.planOf(ctx, i)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", savedName, err)
+	}
+	t.report.Backend, t.report.Why, t.bare = p.Backend, p.BackendWhy, p.Config.DisableComments
+	if err := do(s, p, t); err != nil {
+		return nil, err
+	}
+	t.report.Retries, t.report.Processes = s.retries, s.processes
+	return t.report, nil
+}
+
+// bootWait is how long to wait for another run, and for the lock of iptables, before what
+// is saved has been read.
+const bootWait = 30 * time.Second
