@@ -9,6 +9,7 @@ import (
 	osexec "os/exec"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -43,34 +44,99 @@ func Make(ctx context.Context, folder, suite string, packages []string, outside 
 
 // Machine is a booted Debian.
 type Machine struct {
-	nspawn  *osexec.Cmd
-	console bytes.Buffer
-	ended   chan struct{}
-	leader  int
+	folder, name string
+	nspawn       *osexec.Cmd
+	console      *buffer
+	ended        chan struct{}
+	leader       int
+}
+
+// buffer is one that is read while somebody writes.
+type buffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
 }
 
 // bootTime is how long it may take to boot; it takes a second.
 const bootTime = time.Minute
 
-// Boot boots a root in a network namespace, given as a file. Close it.
+// Boot boots a root in a network namespace, given as a file; where that is empty, in a new
+// one that has lo alone and goes with the machine. Close it.
 func Boot(ctx context.Context, folder, name, network string) (*Machine, error) {
-	m := &Machine{ended: make(chan struct{})}
-	m.nspawn = osexec.Command("systemd-nspawn", "--quiet", "--directory="+folder, "--machine="+name, "--network-namespace-path="+network,
-		"--capability=CAP_NET_ADMIN,CAP_NET_RAW", "--register=no", "--keep-unit", "--boot", "--console=pipe")
+	m := &Machine{folder: folder, name: name}
+	if err := m.boot(ctx, network); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+func (m *Machine) boot(ctx context.Context, network string) error {
+	m.ended, m.leader, m.console = make(chan struct{}), 0, new(buffer)
+	where := "--network-namespace-path=" + network
+	if network == "" {
+		where = "--private-network"
+	}
+	m.nspawn = osexec.Command("systemd-nspawn", "--quiet", "--directory="+m.folder, "--machine="+m.name, where,
+		"--capability=CAP_NET_ADMIN,CAP_NET_RAW", "--register=no", "--keep-unit", "--boot", "--console=pipe", "--", "--show-status=true")
 	// systemd has given cgroup v1 up in its version 258; nspawn takes the host's
 	// unless it is told.
 	m.nspawn.Env = append(os.Environ(), "UNIFIED_CGROUP_HIERARCHY=1", "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
-	m.nspawn.Stdout, m.nspawn.Stderr = &m.console, &m.console
+	m.nspawn.Stdout, m.nspawn.Stderr = m.console, m.console
 	m.nspawn.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := m.nspawn.Start(); err != nil {
-		return nil, err
+		return err
 	}
-	go func() { _ = m.nspawn.Wait(); close(m.ended) }()
+	go func(nspawn *osexec.Cmd, ended chan struct{}) { _ = nspawn.Wait(); close(ended) }(m.nspawn, m.ended)
 	if err := m.booted(ctx); err != nil {
 		m.Close()
-		return nil, fmt.Errorf("boot of %s: %w\n%s", name, err, last(m.console.Bytes()))
+		return fmt.Errorf("boot of %s: %w\n%s", m.name, err, last([]byte(m.console.String())))
 	}
-	return m, nil
+	return nil
+}
+
+// Console is what was printed on the console since the boot.
+func (m *Machine) Console() string { return m.console.String() }
+
+// Reboot has the machine go down in order and boots it again, in a network namespace as
+// in Boot: it must be another one, as the kernel's rules stay with a namespace that stays.
+func (m *Machine) Reboot(ctx context.Context, network string) error {
+	_, _ = m.Run(ctx, "systemctl", "reboot") // which may end before it has an answer
+	select {
+	case <-m.ended: // with code 133, see systemd-nspawn(1): here, that nobody boots it again
+	case <-time.After(bootTime):
+		m.Close()
+		return fmt.Errorf("reboot of %s: it does not go down\n%s", m.name, last([]byte(m.console.String())))
+	}
+	return m.boot(ctx, network)
+}
+
+// PowerCut kills the machine as a power cut does, and boots it again as Reboot does.
+func (m *Machine) PowerCut(ctx context.Context, network string) error {
+	m.Kill()
+	return m.boot(ctx, network)
+}
+
+// Put writes a file of the machine, and makes the folders above it; what stood there is
+// replaced. mode is octal, as for chmod(1).
+func (m *Machine) Put(ctx context.Context, name, mode string, data []byte) error {
+	cmd := m.command(ctx, "sh", "-c", `mkdir -p "${1%/*}" && rm -f "$1" && cat >"$1" && chmod "$2" "$1"`, "sh", name, mode)
+	cmd.Stdin = bytes.NewReader(data)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w: %s", name, err, last(out))
+	}
+	return nil
 }
 
 func (m *Machine) booted(ctx context.Context) error {
@@ -84,8 +150,9 @@ func (m *Machine) booted(ctx context.Context) error {
 			return errors.New("it ended")
 		default:
 		}
-		if m.leader == 0 {
-			m.leader = childOf(m.nspawn.Process.Pid)
+		// Each time, as the first child is not the last: it sets up the machine's
+		// namespaces, and ends.
+		if m.leader = childOf(m.nspawn.Process.Pid); m.leader == 0 {
 			continue
 		}
 		// It fails where a unit has, and says so.
@@ -113,14 +180,19 @@ func childOf(pid int) int {
 // Run runs a program in the machine and returns what it printed; the error holds what
 // it printed to stderr.
 func (m *Machine) Run(ctx context.Context, name string, args ...string) (string, error) {
-	cmd := osexec.CommandContext(ctx, "nsenter", append([]string{"--target=" + strconv.Itoa(m.leader), "--all", "--root", "--wd", "--",
-		"env", "-i", "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", name}, args...)...)
+	cmd := m.command(ctx, name, args...)
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
 	if err := cmd.Run(); err != nil {
 		return out.String(), fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, bytes.TrimSpace(errOut.Bytes()))
 	}
 	return out.String(), nil
+}
+
+// command runs in the machine.
+func (m *Machine) command(ctx context.Context, name string, args ...string) *osexec.Cmd {
+	return osexec.CommandContext(ctx, "nsenter", append([]string{"--target=" + strconv.Itoa(m.leader), "--all", "--root", "--wd", "--",
+		"env", "-i", "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", name}, args...)...)
 }
 
 // powerOff is for systemd as process 1 (systemd(1), SIGNALS): SIGRTMIN+4.

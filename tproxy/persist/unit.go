@@ -104,9 +104,9 @@ func Unit(file []byte, s Service) ([]byte, error) {
 	w.line("Before=network-pre.target shutdown.target")
 	// IPv6 may be switched off by sysctl.d(5).
 	w.line("After=local-fs.target systemd-sysctl.service")
-	w.line("# These flush rules when they start, stop or reload.")
+	w.line("# These flush rules when they start, stop or reload. PartOf= would not do: firewalld conflicts")
+	w.line("# with others of them, and its start would stop us. A drop-in of theirs restarts ours.")
 	w.line("After=" + loaders)
-	w.line("PartOf=" + loaders)
 	w.line("ReloadPropagatedFrom=" + loaders)
 	w.line("# A firewall that is restarted often must not use our starts up.")
 	w.line("StartLimitIntervalSec=0")
@@ -124,8 +124,6 @@ func Unit(file []byte, s Service) ([]byte, error) {
 	// firewalld comes after it.
 	w.section("Install", "")
 	w.line("WantedBy=multi-user.target")
-	w.line("# One that is started again after a stop, which has stopped ours.")
-	w.line("WantedBy=" + loaders)
 	return w.bytes(), nil
 }
 
@@ -166,8 +164,9 @@ func DropIn(file []byte) ([]byte, error) {
 	var w unitWriter
 	w.line(unitMark)
 	w.section("Service", "")
-	// Our start waits until this stop is over, as we come after. While the machine goes
-	// down it is refused.
+	// Our start waits until this start or stop is over, as we come after. While the
+	// machine goes down it is refused.
+	w.line("ExecStartPost=-systemctl --no-block restart " + UnitName)
 	w.line("ExecStopPost=-systemctl --no-block restart " + UnitName)
 	return w.bytes(), nil
 }
