@@ -56,6 +56,15 @@ func ParsePersist(s string) (Persist, error) {
 	return 0, fmt.Errorf("%q: accepted is %s", s, acceptedPersist)
 }
 
+// MarshalText is String.
+func (p Persist) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
+// UnmarshalText is ParsePersist.
+func (p *Persist) UnmarshalText(text []byte) (err error) {
+	*p, err = ParsePersist(string(text))
+	return err
+}
+
 // Persistence is what a host has for an install to come back.
 type Persistence struct {
 	// Observed is whether the rest was looked at.

@@ -104,5 +104,6 @@ func (m *fakeMachine) systemd() (no, elsewhere string) {
 	return m.noSystemd, m.elsewhere
 }
 
-func (m *fakeMachine) installer() (int, bool) { return 4711, m.held }
+func (m *fakeMachine) locked() bool           { return m.held }
 func (m *fakeMachine) pid() int               { return 4711 }
+func (m *fakeMachine) started(pid int) string { return map[int]string{4711: "815"}[pid] }

@@ -118,9 +118,12 @@ type machine interface {
 	// network namespace, and the one for which the files of the host are not its own;
 	// empty where there is none.
 	systemd() (no, elsewhere string)
-	// installer is the process that holds the lock of lock.
-	installer() (pid int, ok bool)
+	// locked reports whether somebody holds the lock of lock. pid is this process, and
+	// started tells when one was, so that another of its number is told from it; empty
+	// where there is none.
+	locked() bool
 	pid() int
+	started(pid int) string
 	// meshLink looks for the interface tproxy.MeshLink; addMeshLink makes it.
 	meshLink() (kernel.Link, bool, error)
 	addMeshLink(alias string, address netip.Prefix) (kernel.Link, error)
@@ -421,9 +424,20 @@ func (system) delegate() dns.DelegateManager {
 func (system) disk() disk { return files.FS{} }
 func (system) pid() int   { return os.Getpid() }
 
-func (system) installer() (int, bool) {
-	held, ok := kernel.Holder(lockName)
-	return held.PID, ok
+func (system) locked() bool {
+	_, held := kernel.Holder(lockName)
+	return held
+}
+
+func (system) started(pid int) string {
+	// Behind the name, in parentheses, which may hold anything, it is the 20th field
+	// (proc_pid_stat(5), starttime).
+	stat := readProc(strconv.Itoa(pid), "stat")
+	fields := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
+	if len(fields) < 20 {
+		return ""
+	}
+	return fields[19]
 }
 
 // unitFolder is where units of the host's own stand (systemd.unit(5)).

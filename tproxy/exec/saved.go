@@ -35,10 +35,10 @@ type savedInstall struct {
 }
 
 type savedResolver struct {
-	Address netip.Addr  `json:"address"`
-	UID     tproxy.UID  `json:"uid"`
-	Program string      `json:"program"`
-	Untold  string      `json:"untold,omitempty"`
+	Address netip.Addr `json:"address"`
+	UID     tproxy.UID `json:"uid"`
+	Program string     `json:"program"`
+	Untold  string     `json:"untold,omitempty"`
 }
 
 // savedOf is a plan as it is kept.

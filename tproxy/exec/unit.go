@@ -76,8 +76,11 @@ func (s *session) unit(p *tproxy.Plan) (hostChange, error) {
 		if !wanted {
 			f = storedFile{path: name}
 		}
-		if s.anyUnit && isProgrammed(name) && wanted == now.there() {
-			f = now // by whichever program
+		if s.anyUnit && isProgrammed(name) {
+			_, wanted = want[unitPath(path.Base(name))]
+			if strings.HasPrefix(name, storeDir+"/") || wanted == now.there() {
+				continue // by whichever program
+			}
 		}
 		if ours := s.unitOurs(now); !ours && wanted {
 			return hostChange{}, &dns.FileError{Path: name, What: "is there and is not ours", Remedy: "give it another name, or choose another way with --persist"}
@@ -266,7 +269,7 @@ func (s *session) startUnit(ctx context.Context, p *tproxy.Plan) error {
 	default:
 		return fmt.Errorf("systemd is in state %q: accepted are running, degraded and starting; systemctl is-system-running says it", state)
 	}
-	if err := s.writeState(storingKind, storingFile{PID: s.m.pid()}); err != nil {
+	if err := s.writeState(storingKind, storingFile{PID: s.m.pid(), Started: s.m.started(s.m.pid())}); err != nil {
 		return err
 	}
 	defer func() {
@@ -309,18 +312,19 @@ func (s *session) journal(ctx context.Context, unit string) string {
 const storingKind = "storing"
 
 type storingFile struct {
-	PID int `json:"pid"`
+	PID     int    `json:"pid"`
+	Started string `json:"started"`
 }
 
-// storing reports whether who holds the lock waits for us.
+// storing reports whether who holds the lock waits for us. Whose it is the kernel tells
+// nobody who may not trace others.
 func (s *session) storing() bool {
 	var f storingFile
 	there, err := s.readState(storingKind, &f)
 	if err != nil || !there {
 		return false
 	}
-	pid, held := s.m.installer()
-	return held && pid == f.PID
+	return s.m.locked() && f.Started != "" && s.m.started(f.PID) == f.Started
 }
 
 // BringBack installs again what was saved when an install was made that systemd brings

@@ -9,10 +9,10 @@ import (
 	"github.com/kumahq/kuma-tproxy/tproxy/dns"
 )
 
-func isBusy(error) bool    { return false }
-func rmdir(string) error   { return errors.ErrUnsupported }
+func isBusy(error) bool     { return false }
+func rmdir(string) error    { return errors.ErrUnsupported }
 func writable(string) error { return errors.ErrUnsupported }
-func isInvalid(error) bool { return false }
+func isInvalid(error) bool  { return false }
 
 func inode(os.FileInfo) string { return "" }
 

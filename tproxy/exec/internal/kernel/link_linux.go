@@ -24,7 +24,7 @@ const (
 	ifinfoFlags       = 8
 	maxInterfaceName  = syscall.IFNAMSIZ - 1
 	peerSuffix        = "-p"
-	maxInterfaceAlias = 255        // IFALIASZ less its NUL
+	maxInterfaceAlias = 255 // IFALIASZ less its NUL
 )
 
 // AddLink makes an interface that leads nowhere, in the calling thread's network
