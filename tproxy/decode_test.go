@@ -93,7 +93,7 @@ func TestDecoderAllowUnknown(t *testing.T) {
 		t.Error(cmp.Diff(want, got))
 	}
 	// It is about keys alone.
-	for _, text := range []string{`{"newer":1,"wait":"x"}`, `{"newer":1,"storeFirewalld":true}`, `{"newer":`, `{"wait":1,"wait":1}`} {
+	for _, text := range []string{`{"newer":1,"wait":"x"}`, `{"newer":1,"dropInvalidPackets":true}`, `{"newer":`, `{"wait":1,"wait":1}`} {
 		before := c
 		d, err := tproxy.Decoder{AllowUnknown: true}.Decode([]byte(text), &c)
 		if err == nil || d.Warnings != nil || c.Wait != before.Wait {
@@ -105,7 +105,8 @@ func TestDecoderAllowUnknown(t *testing.T) {
 // A fault says whether its value only comes too early.
 func TestFaultsNotYet(t *testing.T) {
 	for text, want := range map[string]bool{
-		`{"storeFirewalld":true}`:                                    true,
+		`{"dropInvalidPackets":true}`:                                true,
+		`{"storeFirewalld":true,"persist":"none"}`:                   false,
 		`{"iptablesExecutables":"iptables:/x"}`:                      true,
 		`{"redirect":{"inbound":{"excludePortsForUIDs":["1"]}}}`:     false,
 		`{"ebpf":{"enabled":true}}`:                                  false,

@@ -94,6 +94,7 @@ func jsonConfigs() *rapid.Generator[tproxy.Config] {
 			Pod:             rapid.Bool().Draw(t, "pod"),
 			DisableComments: rapid.Bool().Draw(t, "no comments"),
 			Backend:         rapid.SampledFrom([]tproxy.Backend{tproxy.Auto, tproxy.IPTablesNFT, tproxy.IPTablesLegacy}).Draw(t, "backend"),
+			Persist:         rapid.SampledFrom([]tproxy.Persist{tproxy.PersistAuto, tproxy.PersistSystemd, tproxy.PersistFirewalld, tproxy.PersistNone}).Draw(t, "persist"),
 			Wait:            time.Duration(rapid.Int64Range(-1, 1<<31-1).Draw(t, "wait")) * time.Second,
 			WaitInterval:    time.Duration(rapid.IntRange(0, 999999).Draw(t, "interval")) * time.Microsecond,
 			MaxRetries:      rapid.IntRange(-1, 1000).Draw(t, "retries"),
@@ -282,6 +283,11 @@ func TestUnmarshalJSON(t *testing.T) {
 		{`{"ebpf":{"bpffsPath":"/x"}}`, tproxy.Config{}},
 		{`{"ebpf":null}`, tproxy.Config{}},
 		{`{"backend":"iptables-nft","cniMode":true}`, tproxy.Config{Backend: tproxy.IPTablesNFT, Pod: true}},
+		{`{"storeFirewalld":true}`, tproxy.Config{Persist: tproxy.PersistFirewalld}},
+		{`{"storeFirewalld":true,"persist":"firewalld"}`, tproxy.Config{Persist: tproxy.PersistFirewalld}},
+		{`{"persist":"firewalld","storeFirewalld":false}`, tproxy.Config{Persist: tproxy.PersistFirewalld}},
+		{`{"storeFirewalld":false,"persist":"systemd"}`, tproxy.Config{Persist: tproxy.PersistSystemd}},
+		{`{"storeFirewalld":false}`, tproxy.Config{}},
 	} {
 		var got tproxy.Config
 		if err := json.Unmarshal([]byte(test.text), &got); err != nil {
@@ -363,14 +369,14 @@ func TestUnmarshalJSONFaults(t *testing.T) {
 			`excludePortsForUIDs: "-7" cannot be read`,
 			`excludePortsForUIDs: "true" is not accepted: accepted is proto:ports:uids`,
 		}},
-		{`{"dropInvalidPackets":true,"log":{"level":4},"verbose":true,"dryRun":true,"storeFirewalld":true,
+		{`{"dropInvalidPackets":true,"log":{"level":4},"verbose":true,"dryRun":true,
 			"iptablesExecutables":{"iptables":"/x"},
 			"redirect":{"vnet":{"networks":["a:10.0.0.0/8"]},
 				"inbound":{"includePorts":[ 1 ],"insertRedirectInsteadOfAppend":true,"excludePortsForUIDs":["1"]},
 				"outbound":{"includePorts":"1","insertRedirectInsteadOfAppend":true}}}`, []string{
 			`dropInvalidPackets: "true" is known, not supported yet: accepted is the default, false`,
 			`log.level: "4" is known, not supported yet: accepted is the default, 7`,
-			`verbose: "true" is about a run, for which a Config has no place`, `dryRun: "true" is about a run`, `storeFirewalld: "true" is known`,
+			`verbose: "true" is about a run, for which a Config has no place`, `dryRun: "true" is about a run`,
 			`iptablesExecutables.iptables: "/x" is known`,
 			`redirect.vnet.networks: "[\"a:10.0.0.0/8\"]" is known`,
 			`redirect.inbound.includePorts: "[ 1 ]" is known`,
@@ -380,6 +386,8 @@ func TestUnmarshalJSONFaults(t *testing.T) {
 			`redirect.outbound.insertRedirectInsteadOfAppend: "true" is known`,
 		}},
 		{`{"iptablesExecutables":"iptables:/x"}`, []string{`iptablesExecutables: "iptables:/x" is known, not supported yet`}},
+		{`{"persist":"systemd","storeFirewalld":true}`, []string{`storeFirewalld: "true" contradicts persist, systemd: accepted is only one of the two, or persist: firewalld`}},
+		{`{"persist":"disk","storeFirewalld":1}`, []string{`persist: "disk" is not accepted: accepted is auto, systemd, firewalld or none`, `storeFirewalld: "1" is `}},
 	} {
 		before := tproxy.Config{ProxyUser: "before", Wait: time.Second}
 		got := before

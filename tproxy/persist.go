@@ -154,7 +154,9 @@ func (p *Plan) choosePersist() *Refusal {
 		}
 		p.Persist, p.PersistWhy = PersistNone, "a pod is made anew by its runtime"
 	case asked == PersistAuto:
-		return p.autoPersist()
+		if r := p.autoPersist(); r != nil {
+			return r
+		}
 	case !h.Observed || asked == PersistNone:
 	case asked == PersistSystemd && h.NoSystemd != "":
 		return &Refusal{"--persist systemd: " + h.NoSystemd, "install after each restart, and say so with --persist none"}
