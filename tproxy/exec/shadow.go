@@ -521,13 +521,16 @@ func (x *shadows) leaves(d draft) (out, back []leaf) {
 			}
 			g := gather{shadows: x, set: i, table: c.Table, late: c.Hook != hooks[0]}
 			ours, _ := x.ours.Base(c.Table, c.Hook)
-			for _, r := range c.Rules {
+			for _, r := range s.Inline(c) {
+				if r.Unmet {
+					continue
+				}
 				if c.Table == rules.NAT && slices.ContainsFunc(ours.Rules, r.Equal) && r.Target() != "" {
 					// What stands behind does not see what ours decide.
 					g.behind = g.behind || slices.Contains(r.Matches, rules.Match(d.packet.Protocol))
 					continue
 				}
-				g.rule(d, r, 0, true)
+				g.rule(d, r, 0, r.Via == "")
 			}
 			out, back = append(out, g.out...), append(back, g.back...)
 		}
