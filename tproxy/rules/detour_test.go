@@ -25,6 +25,7 @@ const firewalldChains = `*nat
 -A PREROUTING -j PREROUTING_direct
 -A PREROUTING -m comment --comment "foreign: zones" -j ACCEPT
 -A OUTPUT_direct -p tcp -m tcp --dport 7777 -m comment --comment "foreign" -j ACCEPT
+-A OUTPUT_direct -p tcp -m tcp --dport 7778 -m comment --comment "foreign" -j ACCEPT
 -A PREROUTING_direct -p tcp -m tcp --dport 7779 -m comment --comment "foreign" -j ACCEPT
 COMMIT
 `
@@ -151,7 +152,7 @@ func TestTransitionsOfJumpsInDirectChains(t *testing.T) {
 			if c.edit != "" {
 				n.must("*nat\n" + strings.NewReplacer("JUMP", jump.String(), "OTHER", other.String()).Replace(c.edit) + "\nCOMMIT\n")
 			}
-			foreign := foreignOf(n)
+			foreign, before := foreignOf(n), direct(n)
 			found := n.found()
 			script := rules.Transition(rules.IPv4, found.Ours, c.want)
 			got := lines(script)
@@ -182,8 +183,25 @@ func TestTransitionsOfJumpsInDirectChains(t *testing.T) {
 			if d := cmp.Diff(foreign, foreignOf(n)); d != "" {
 				t.Errorf("others' rules after the way back: %s", d)
 			}
+			if slices.Contains([]string{"nothing", "DNS off", "comments off", "of another comment"}, name) {
+				if d := cmp.Diff(before, direct(n)); d != "" {
+					t.Errorf("ours are in another place after the way back: %s", d)
+				}
+			}
 		})
 	}
+}
+
+// direct is what the chains for direct rules hold.
+func direct(n detoured) (out []string) {
+	for _, c := range n.Set().Chains {
+		for _, r := range c.Rules {
+			if strings.HasSuffix(c.Name, "_direct") {
+				out = append(out, c.Name+" "+r.String())
+			}
+		}
+	}
+	return out
 }
 
 // foreignOf is all that is not of known chains, in order.
@@ -230,6 +248,7 @@ func TestTransitionMendsDirectChains(t *testing.T) {
 				"-D OUTPUT -j OUTPUT_direct",
 				fmt.Sprintf("-I OUTPUT %d -j OUTPUT_direct", at),
 				fmt.Sprintf("-I %s %d -p tcp -m comment --comment foreign -j ACCEPT", chain, at),
+				"-D OUTPUT_direct -p tcp -m tcp --dport 7777 -m comment --comment foreign -j ACCEPT",
 			}).Draw(t, "edit")
 			_ = n.Restore([]byte("*nat\n"+script+"\nCOMMIT\n"), nil) // what is not there is not deleted
 		}
