@@ -1,6 +1,7 @@
 package tproxy
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -151,11 +152,16 @@ func drifted(changes []rules.Change, want rules.Set) (out []Drift) {
 		if c.Rule.At > 0 { // among the rules of others
 			d.Index = c.Rule.At
 		}
+		d.Chain = cmp.Or(c.Rule.Via, first.Chain)
 		switch c.Kind {
 		case rules.Misordered:
 			d.Kind, d.Is, d.Why = DriftReordered, "", fmt.Sprintf("from #%d on the rules stand in another order", c.Index)
 			d.Index = 0
 		case rules.ExtraRule:
+			if c.Rule.Unmet {
+				d.Kind, d.Why = DriftExtra, fmt.Sprintf("%s does not lead to %s", first.Chain, d.Chain)
+				break
+			}
 			if slices.ContainsFunc(wanted, func(w rules.Rule) bool {
 				return w.Equal(c.Rule) || want.NoComments && bare(w) == bare(c.Rule)
 			}) {

@@ -1,6 +1,7 @@
 package tproxy
 
 import (
+	"cmp"
 	"slices"
 	"strings"
 
@@ -11,7 +12,7 @@ import (
 type Found struct {
 	// Ours is what an install replaces and a removal takes out: what this module
 	// made, and what Kuma's own installers left. Each rule of a base chain has its
-	// place in At.
+	// place in At, and the chain in Via where that is firewalld's for direct rules.
 	Ours rules.Set
 	// References are the foreign rules that jump to one of those chains: as long as
 	// they stand, the kernel does not let the chain go.
@@ -50,15 +51,20 @@ func Find(f rules.Family, live rules.Set) Found {
 	var out Found
 	out.Ours, out.References = live.Ours(f, known)
 	k := kuma{live: live, ours: out.Ours}
+	k.live.Bases = slices.Clone(live.Bases)
+	for i, c := range live.Bases {
+		k.live.Bases[i].Rules = live.Inline(c)
+	}
 	k.learn()
-	for _, c := range live.Bases {
+	for _, c := range k.live.Bases {
 		mine, doubtful := k.of(c)
 		if len(mine) > 0 {
 			out.Kuma = append(out.Kuma, string(c.Table)+" "+string(c.Hook))
 			out.add(c, mine)
 		}
 		for _, i := range doubtful {
-			out.Doubtful = append(out.Doubtful, rules.Reference{Table: c.Table, Chain: string(c.Hook), Index: i + 1, Rule: c.Rules[i]})
+			r := c.Rules[i]
+			out.Doubtful = append(out.Doubtful, rules.Reference{Table: c.Table, Chain: cmp.Or(r.Via, string(c.Hook)), Index: r.At, Rule: r})
 		}
 	}
 	for _, c := range out.Ours.Chains {
@@ -69,23 +75,25 @@ func Find(f rules.Family, live rules.Set) Found {
 	return out
 }
 
-// add puts rules of a base chain, by their index, among what is ours.
+// add puts rules of a base chain, as rules.Set.Inline has them, by their index, among
+// what is ours.
 func (o *Found) add(c rules.BaseChain, mine []int) {
-	o.References = slices.DeleteFunc(o.References, func(r rules.Reference) bool {
-		return r.Table == c.Table && r.Chain == string(c.Hook) && slices.Contains(mine, r.Index-1)
-	})
 	i := slices.IndexFunc(o.Ours.Bases, func(b rules.BaseChain) bool { return b.Table == c.Table && b.Hook == c.Hook })
 	if i < 0 {
 		i = len(o.Ours.Bases)
 		o.Ours.Bases = append(o.Ours.Bases, rules.BaseChain{Table: c.Table, Hook: c.Hook})
 	}
 	b := &o.Ours.Bases[i]
-	for _, j := range mine {
-		r := c.Rules[j]
-		r.At = j + 1
-		b.Rules = append(b.Rules, r)
+	place := func(r rules.Rule) int {
+		return slices.IndexFunc(c.Rules, func(q rules.Rule) bool { return q.At == r.At && q.Via == r.Via })
 	}
-	slices.SortStableFunc(b.Rules, func(x, y rules.Rule) int { return x.At - y.At })
+	for _, j := range mine {
+		b.Rules = append(b.Rules, c.Rules[j])
+	}
+	slices.SortStableFunc(b.Rules, func(x, y rules.Rule) int { return place(x) - place(y) })
+	o.References = slices.DeleteFunc(o.References, func(r rules.Reference) bool {
+		return o.Ours.Covers(r.Table, r.Chain, r.Index)
+	})
 }
 
 type chainName struct {

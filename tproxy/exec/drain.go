@@ -137,15 +137,21 @@ func holdsConntrack(l live) bool {
 			})
 		})
 	}
+	foreign := func(t rules.Table, chain string, list []rules.Rule) (out []rules.Rule) {
+		for i, r := range list {
+			if !l.Ours.Covers(t, chain, i+1) {
+				out = append(out, r)
+			}
+		}
+		return out
+	}
 	for _, c := range l.all.Bases {
-		mine, _ := l.Ours.Base(c.Table, c.Hook)
-		foreign := slices.DeleteFunc(slices.Clone(c.Rules), func(r rules.Rule) bool { return slices.ContainsFunc(mine.Rules, r.Equal) })
-		if holds(foreign) {
+		if holds(foreign(c.Table, string(c.Hook), c.Rules)) {
 			return true
 		}
 	}
 	for _, c := range l.all.Chains {
-		if _, mine := l.Ours.Chain(c.Table, c.Name); !mine && holds(c.Rules) {
+		if holds(foreign(c.Table, c.Name, c.Rules)) {
 			return true
 		}
 	}

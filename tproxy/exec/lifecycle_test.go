@@ -22,6 +22,8 @@ type lifecycle struct {
 	foreign int // rules made so far
 	// alone is a host on which the others work without us.
 	alone map[string]*tproxytest.Netfilter
+	// direct are the variants that have a firewalld's chains for direct rules.
+	direct map[string]bool
 }
 
 var configs = []tproxy.Config{
@@ -155,12 +157,68 @@ func (l *lifecycle) wayBack(t *rapid.T) {
 func (l *lifecycle) edit(t *rapid.T) {
 	p := rapid.SampledFrom(prefixes).Draw(t, "variant")
 	chain := rapid.SampledFrom([]string{"PREROUTING", "OUTPUT", "POSTROUTING"}).Draw(t, "chain")
+	if d := chain + "_direct"; l.direct[p] && chain != "POSTROUTING" && rapid.Bool().Draw(t, "direct") {
+		chain = d
+	}
 	place := rapid.SampledFrom([]string{"-A " + chain, "-I " + chain + " 1"}).Draw(t, "place")
 	l.foreign++
 	script := fmt.Sprintf("*nat\n%s -p tcp -m tcp --dport %d -m comment --comment \"foreign: mentions KUMA_MESH_INBOUND\" -j ACCEPT\nCOMMIT\n", place, 1000+l.foreign%60000)
 	for _, n := range []*tproxytest.Netfilter{l.m.netfilter[p], l.alone[p]} {
 		if err := n.Restore([]byte(script), nil); err != nil {
 			t.Fatalf("foreign edit: %v", err)
+		}
+	}
+}
+
+// reload is what a reload of firewalld makes of jumps of ours, where its direct.xml has
+// them: it makes its chains for direct rules, and they stand there instead.
+func (l *lifecycle) reload(t *rapid.T) {
+	p := rapid.SampledFrom(prefixes).Draw(t, "variant")
+	n := l.m.netfilter[p]
+	must := func(n *tproxytest.Netfilter, script string) {
+		if err := n.Restore([]byte(script), nil); err != nil {
+			t.Fatalf("reload: %v\n%s", err, script)
+		}
+	}
+	if !l.direct[p] {
+		l.direct[p] = true
+		for _, n := range []*tproxytest.Netfilter{n, l.alone[p]} {
+			must(n, directChains)
+		}
+	}
+	all, err := rules.ParseSave(n.Family, n.Save())
+	if err != nil {
+		t.Fatalf("ParseSave: %v", err)
+	}
+	for _, c := range tproxy.Find(n.Family, all).Ours.Bases {
+		for _, r := range c.Rules {
+			if r.Via == "" && c.Table == rules.NAT {
+				must(n, fmt.Sprintf("*nat\n-D %s %s\n-A %s_direct %s\nCOMMIT\n", c.Hook, r, c.Hook, r))
+			}
+		}
+	}
+}
+
+// directChains is how firewalld makes them.
+const directChains = `*nat
+:PREROUTING_direct - [0:0]
+:OUTPUT_direct - [0:0]
+-I PREROUTING 1 -m comment --comment "foreign:" -j PREROUTING_direct
+-I OUTPUT 1 -m comment --comment "foreign:" -j OUTPUT_direct
+COMMIT
+`
+
+// stop is what firewalld's end makes of them: its chains go, with all in them.
+func (l *lifecycle) stop(t *rapid.T) {
+	p := rapid.SampledFrom(prefixes).Draw(t, "variant")
+	if !l.direct[p] {
+		t.Skip("no firewalld")
+	}
+	l.direct[p] = false
+	for _, n := range []*tproxytest.Netfilter{l.m.netfilter[p], l.alone[p]} {
+		script := strings.NewReplacer("-I PREROUTING 1", "-D PREROUTING", "-I OUTPUT 1", "-D OUTPUT", "COMMIT", "-X PREROUTING_direct\n-X OUTPUT_direct\nCOMMIT").Replace(directChains)
+		if err := n.Restore([]byte(script), nil); err != nil {
+			t.Fatalf("stop: %v\n%s", err, script)
 		}
 	}
 }
@@ -198,7 +256,7 @@ func foreignText(netfilter map[string]*tproxytest.Netfilter) string {
 func TestLifecycle(t *testing.T) {
 	proc := fakeProc(t)
 	rapid.Check(t, func(t *rapid.T) {
-		l := &lifecycle{m: newFakeMachineAt(proc), alone: newFakeMachineAt(proc).netfilter}
+		l := &lifecycle{m: newFakeMachineAt(proc), alone: newFakeMachineAt(proc).netfilter, direct: map[string]bool{}}
 		untouched := func(f func(*rapid.T)) func(*rapid.T) {
 			return func(t *rapid.T) {
 				f(t)
@@ -214,6 +272,8 @@ func TestLifecycle(t *testing.T) {
 			"kill2":  untouched(l.killedRemoval),
 			"edit":   untouched(l.edit),
 			"back":   untouched(l.wayBack),
+			"reload": untouched(l.reload),
+			"stop":   untouched(l.stop),
 
 			"apply while others write":  untouched(l.beset(l.apply)),
 			"remove while others write": untouched(l.beset(l.remove)),

@@ -93,15 +93,18 @@ func (l *live) add(f rules.Family, former rules.Set) {
 		}
 		b := &l.Ours.Bases[i]
 		for _, r := range c.Rules {
-			if !slices.ContainsFunc(b.Rules, func(q rules.Rule) bool { return q.At == r.At }) {
+			if !slices.ContainsFunc(b.Rules, func(q rules.Rule) bool { return q.At == r.At && q.Via == r.Via }) {
 				b.Rules = append(b.Rules, r)
 			}
 		}
-		slices.SortFunc(b.Rules, func(p, q rules.Rule) int { return p.At - q.At })
-		l.References = slices.DeleteFunc(l.References, func(r rules.Reference) bool {
-			return r.Table == c.Table && r.Chain == string(c.Hook) && slices.ContainsFunc(b.Rules, func(q rules.Rule) bool { return q.At == r.Index })
-		})
+		base, _ := l.all.Base(c.Table, c.Hook)
+		all := l.all.Inline(base)
+		place := func(r rules.Rule) int {
+			return slices.IndexFunc(all, func(q rules.Rule) bool { return q.At == r.At && q.Via == r.Via })
+		}
+		slices.SortFunc(b.Rules, func(p, q rules.Rule) int { return place(p) - place(q) })
 	}
+	l.References = slices.DeleteFunc(l.References, func(r rules.Reference) bool { return l.Ours.Covers(r.Table, r.Chain, r.Index) })
 }
 
 // incompatible reports whether iptables-nft-save passed over a table.

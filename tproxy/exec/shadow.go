@@ -57,7 +57,10 @@ const (
 func (x *shadows) find() {
 	x.tried = make(map[sim.Packet]bool)
 	met := 1
-	for _, s := range x.all {
+	x.all = slices.Clone(x.all)
+	for i, s := range x.all {
+		s = comingBack(s)
+		x.all[i] = s
 		s = without(s, rules.Filter, rules.Security)
 		x.sets = append(x.sets, s)
 		chains := make(map[spot][]rules.Rule, len(s.Chains))
@@ -126,6 +129,39 @@ func (x *shadows) look(list []rules.Rule) {
 func without(s rules.Set, tables ...rules.Table) rules.Set {
 	s.Bases = slices.DeleteFunc(slices.Clone(s.Bases), func(c rules.BaseChain) bool { return slices.Contains(tables, c.Table) })
 	s.Chains = slices.DeleteFunc(slices.Clone(s.Chains), func(c rules.Chain) bool { return slices.Contains(tables, c.Table) })
+	return s
+}
+
+// comingBack makes nothing of what drops packets that come by another way than their
+// answers would go (-m rpfilter --invert in iptables-extensions(8); firewalld has such a
+// rule with IPv6_rpfilter=yes, its default): whether one does is up to routes, not to
+// rules, and those that are tried do not.
+func comingBack(s rules.Set) rules.Set {
+	forged := func(r rules.Rule) bool {
+		return r.Action == rules.Action(rules.Drop{}) && slices.ContainsFunc(r.Matches, func(m rules.Match) bool {
+			o, _ := m.(rules.Opaque)
+			return strings.HasPrefix(o.Text(), "-m rpfilter ") && slices.Contains(strings.Fields(o.Text()), "--invert")
+		})
+	}
+	edit := func(list []rules.Rule) []rules.Rule {
+		if !slices.ContainsFunc(list, forged) {
+			return list
+		}
+		list = slices.Clone(list)
+		for i, r := range list {
+			if forged(r) {
+				list[i].Action = rules.Nothing{}
+			}
+		}
+		return list
+	}
+	s.Bases, s.Chains = slices.Clone(s.Bases), slices.Clone(s.Chains)
+	for i, c := range s.Bases {
+		s.Bases[i].Rules = edit(c.Rules)
+	}
+	for i, c := range s.Chains {
+		s.Chains[i].Rules = edit(c.Rules)
+	}
 	return s
 }
 
@@ -521,13 +557,16 @@ func (x *shadows) leaves(d draft) (out, back []leaf) {
 			}
 			g := gather{shadows: x, set: i, table: c.Table, late: c.Hook != hooks[0]}
 			ours, _ := x.ours.Base(c.Table, c.Hook)
-			for _, r := range c.Rules {
+			for _, r := range s.Inline(c) {
+				if r.Unmet {
+					continue
+				}
 				if c.Table == rules.NAT && slices.ContainsFunc(ours.Rules, r.Equal) && r.Target() != "" {
 					// What stands behind does not see what ours decide.
 					g.behind = g.behind || slices.Contains(r.Matches, rules.Match(d.packet.Protocol))
 					continue
 				}
-				g.rule(d, r, 0, true)
+				g.rule(d, r, 0, r.Via == "")
 			}
 			out, back = append(out, g.out...), append(back, g.back...)
 		}

@@ -1,6 +1,7 @@
 package exec
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -429,7 +430,7 @@ func (l *looker) count() {
 				if r.At > 0 {
 					at = r.At
 				}
-				l.Counters = append(l.Counters, Counter{f, t, chain, at, tproxy.Effect(t, chain, r), tproxy.Reason(r), r.Counter.Packets, r.Counter.Bytes})
+				l.Counters = append(l.Counters, Counter{f, t, cmp.Or(r.Via, chain), at, tproxy.Effect(t, chain, r), tproxy.Reason(r), r.Counter.Packets, r.Counter.Bytes})
 			}
 		}
 		for _, c := range ours.Bases {

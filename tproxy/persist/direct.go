@@ -220,8 +220,8 @@ func ownerOf(found tproxy.Found, e Entry, at int) Owner {
 	if e.Kind != RuleEntry {
 		return Others
 	}
-	base, _ := found.Ours.Base(t, rules.Hook(e.Chain))
-	if slices.ContainsFunc(base.Rules, func(r rules.Rule) bool { return r.At == at }) {
+	// One for a chain that is spelt OUTPUT_direct MergeDirect did not write.
+	if slices.Contains(hooks, rules.Hook(e.Chain)) && found.Ours.Covers(t, e.Chain, at) {
 		return Ours
 	}
 	if slices.ContainsFunc(found.Doubtful, func(r rules.Reference) bool {

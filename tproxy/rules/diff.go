@@ -1,13 +1,14 @@
 package rules
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
 )
 
 // Equal reports whether two rules are the same rule: matches, action and Why.
-// At and Counter do not count, nor does Record, which the kernel does not keep.
+// At, Via and Counter do not count, nor does Record, which the kernel does not keep.
 func (r Rule) Equal(q Rule) bool {
 	return r.Why == q.Why && r.Action == q.Action && slices.EqualFunc(r.Matches, q.Matches, sameMatch)
 }
@@ -88,22 +89,24 @@ func (c Change) String() string {
 	if c.Kind == Misordered {
 		sign = "~"
 	}
-	return fmt.Sprintf("%s %s %s %s #%d %s (%s)", sign, c.Family, c.Table, c.Chain, c.Index, c.Rule, c.Kind)
+	return fmt.Sprintf("%s %s %s %s #%d %s (%s)", sign, c.Family, c.Table, cmp.Or(c.Rule.Via, c.Chain), c.Index, c.Rule, c.Kind)
 }
 
 // Compare lists how live departs from want in family f, both lowered first; nil
 // when they are the same. Of base chains only the rules count, not the place
-// among others'. live must hold nothing foreign (see Ours).
+// among others', and one in a Detour that is met is as good as in the base chain.
+// live must hold nothing foreign (see Ours).
 func Compare(f Family, live, want Set) []Change {
-	live, want = live.forCompare(f), want.forCompare(f)
+	live = live.forCompare(f)
+	want = want.forCompare(f).settle(live.Detours)
 	var out []Change
 	for _, w := range want.Bases {
 		l, _ := live.Base(w.Table, w.Hook)
-		out = compareRules(out, f, w.Table, string(w.Hook), l.Rules, w.Rules)
+		out = compareBases(out, f, BaseChain{Table: w.Table, Hook: w.Hook, Rules: l.Rules}, w)
 	}
 	for _, l := range live.Bases {
 		if _, ok := want.Base(l.Table, l.Hook); !ok {
-			out = compareRules(out, f, l.Table, string(l.Hook), l.Rules, nil)
+			out = compareBases(out, f, l, BaseChain{})
 		}
 	}
 	for _, w := range want.Chains {
@@ -122,6 +125,15 @@ func Compare(f Family, live, want Set) []Change {
 	return out
 }
 
+func compareBases(out []Change, f Family, live, want BaseChain) []Change {
+	met, unmet := parted(live.Rules)
+	wanted, wantedUnmet := parted(want.Rules)
+	out = compareRules(out, f, live.Table, string(live.Hook), met, wanted)
+	// The order of rules that nothing meets is nothing.
+	more := compareRules(nil, f, live.Table, string(live.Hook), unmet, wantedUnmet)
+	return append(out, slices.DeleteFunc(more, func(c Change) bool { return c.Kind == Misordered })...)
+}
+
 func compareRules(out []Change, f Family, t Table, chain string, live, want []Rule) []Change {
 	if slices.EqualFunc(live, want, Rule.Equal) {
 		return out
@@ -136,9 +148,9 @@ func compareRules(out []Change, f Family, t Table, chain string, live, want []Ru
 			change(MissingRule, i, r)
 		}
 	}
-	spare = count(want)
+	stays := kept(live, want)
 	for i, r := range live {
-		if !spare.take(r) {
+		if !stays[i] {
 			change(ExtraRule, i, r)
 		}
 	}

@@ -10,7 +10,7 @@ import (
 // one multiport match takes becomes several rules. What ParseSave returns is
 // lowered already, and lowering it again changes nothing.
 func (s Set) Lower(f Family) Set {
-	out := Set{Only: f, NoComments: s.NoComments}
+	out := Set{Only: f, NoComments: s.NoComments, Detours: s.Detours}
 	if s.Only != 0 && s.Only != f {
 		return out
 	}

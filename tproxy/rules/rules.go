@@ -76,6 +76,10 @@ type Set struct {
 
 	Bases  []BaseChain
 	Chains []Chain
+
+	// Detours are those that Ours found, whether there are rules of ours in them or
+	// not. They are no part of what is rendered.
+	Detours []Detour
 }
 
 // Place says where in a base chain, among the rules of others, ours go.
@@ -128,6 +132,13 @@ type Rule struct {
 	// others counted; Transition puts a rule back in that place. It is not part
 	// of a rule's identity.
 	At int
+	// Via is the Detour in which Ours found a rule of a base chain, and At counts
+	// there; empty where it stands in the base chain itself. It is not part of a
+	// rule's identity.
+	Via string
+	// Unmet is whether the base chain does not lead to Via: the rule is there, and
+	// stands for none in the base chain.
+	Unmet bool
 	// Counter is what the kernel counted, where ParseSave was given counters.
 	// It is not part of a rule's identity.
 	Counter Counter

@@ -322,6 +322,9 @@ func (w *walker) step(t rules.Table, chain string, i int, r *rules.Rule, matched
 func (w *walker) chain(t rules.Table, name string, list []rules.Rule, depth int) end {
 	for i := range list {
 		r := &list[i]
+		if r.Unmet { // no jump leads to where it stands
+			continue
+		}
 		if w.met++; w.met > mostRules {
 			w.because("cannot tell: the packet has met %d rules, the last one in %s %s, and that is enough", mostRules, t, name)
 			return unknown
