@@ -311,7 +311,7 @@ var (
 func (s Service) faults() (out []UnitFault) {
 	fault := func(part, value, accepted string) { out = append(out, UnitFault{part, value, accepted}) }
 	const oneLine = "text without control characters, in UTF-8"
-	if !oneLiner(s.Description) || s.Description == "" || strings.HasSuffix(s.Description, `\`) {
+	if !oneLiner(s.Description) || s.Description == "" || strings.HasSuffix(strings.TrimSpace(s.Description), `\`) {
 		fault("description", s.Description, oneLine+", that does not end with a backslash")
 	}
 	if len(s.Commands) == 0 {

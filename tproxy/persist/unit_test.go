@@ -247,7 +247,7 @@ func firstUnwritable(s persist.Service) string {
 		}
 		return false
 	}
-	if bad(s.Description) || s.Description == "" || s.Description[len(s.Description)-1] == '\\' {
+	if bad(s.Description) || s.Description == "" || strings.HasSuffix(strings.TrimSpace(s.Description), `\`) {
 		return "description " + s.Description
 	}
 	for _, c := range s.Commands {
