@@ -89,7 +89,7 @@ func (m *Machine) boot(ctx context.Context, network string) error {
 		where = "--private-network"
 	}
 	m.nspawn = osexec.Command("systemd-nspawn", "--quiet", "--directory="+m.folder, "--machine="+m.name, where,
-		"--capability=CAP_NET_ADMIN,CAP_NET_RAW", "--register=no", "--keep-unit", "--boot", "--console=pipe", "--", "--show-status=true")
+		"--capability=CAP_NET_ADMIN,CAP_NET_RAW", "--register=no", "--keep-unit", "--boot", "--console=read-only", "--", "--show-status=true")
 	// systemd has given cgroup v1 up in its version 258; nspawn takes the host's
 	// unless it is told.
 	m.nspawn.Env = append(os.Environ(), "UNIFIED_CGROUP_HIERARCHY=1", "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")

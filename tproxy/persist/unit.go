@@ -96,7 +96,7 @@ func Unit(file []byte, s Service) ([]byte, error) {
 		return nil, err
 	}
 	// With the dependencies that a service has by itself it would come after
-	// basic.target, with much that is after the network.
+	// sysinit.target, and where cloud-init is, that comes after the network.
 	w.section("Unit", s.Description)
 	w.line("DefaultDependencies=no")
 	w.line("Conflicts=shutdown.target")
@@ -120,8 +120,6 @@ func Unit(file []byte, s Service) ([]byte, error) {
 	w.line("ExecReload=" + waitForFirewalld)
 	w.commands("ExecReload", s)
 	w.sandbox(s)
-	// Not sysinit.target: it comes after what it wants, we come after firewalld, and
-	// firewalld comes after it.
 	w.section("Install", "")
 	w.line("WantedBy=multi-user.target")
 	return w.bytes(), nil
@@ -311,7 +309,7 @@ var (
 func (s Service) faults() (out []UnitFault) {
 	fault := func(part, value, accepted string) { out = append(out, UnitFault{part, value, accepted}) }
 	const oneLine = "text without control characters, in UTF-8"
-	if !oneLiner(s.Description) || s.Description == "" || strings.HasSuffix(s.Description, `\`) {
+	if !oneLiner(s.Description) || s.Description == "" || strings.HasSuffix(strings.TrimSpace(s.Description), `\`) {
 		fault("description", s.Description, oneLine+", that does not end with a backslash")
 	}
 	if len(s.Commands) == 0 {
@@ -328,9 +326,10 @@ func (s Service) faults() (out []UnitFault) {
 			fault(part, "", "a program and its arguments")
 			continue
 		}
-		// systemd replaces variables in the first argument, and not in the path.
-		if !oneLiner(c[0]) || !path.IsAbs(c[0]) || strings.HasSuffix(c[0], "/") || strings.Contains(c[0], "$") {
-			fault(part+", program", c[0], "the absolute path of a file, without $, "+oneLine)
+		// systemd replaces variables in the first argument, and not in the path; and takes no
+		// path with what quotes (string_is_safe in its basic/string-util.c).
+		if !oneLiner(c[0]) || !path.IsAbs(c[0]) || strings.HasSuffix(c[0], "/") || strings.ContainsAny(c[0], "$\\\"'") {
+			fault(part+", program", c[0], "the absolute path of a file, without quotes, backslash and $, "+oneLine)
 		}
 		for j, a := range c[1:] {
 			if !oneLiner(a) {

@@ -105,7 +105,7 @@ func TestUnitReplaces(t *testing.T) {
 func TestUnitNamesEveryFault(t *testing.T) {
 	_, err := persist.Unit(nil, persist.Service{
 		Description:  "two\nlines",
-		Commands:     [][]string{{"kumactl"}, {}, {"/bin/"}, {"/bin/$HOME"}, {"/bin/true", "fine", "a\nb", "\xff", "c\x00d", "\r", "\u0085"}},
+		Commands:     [][]string{{"kumactl"}, {}, {"/bin/"}, {"/bin/$HOME"}, {"/bin/'"}, {"/bin/true", "fine", "a\nb", "\xff", "c\x00d", "\r", "\u0085"}},
 		Files:        []string{"etc/x", "/y\n[Service]"},
 		Modules:      []string{"ip_tables", "../x", ""},
 		Writable:     []string{"run", "-/run"},
@@ -123,8 +123,8 @@ func TestUnitNamesEveryFault(t *testing.T) {
 		}
 	}
 	want := []string{
-		"description", "command 1, program", "command 2", "command 3, program", "command 4, program",
-		"command 5, argument 2", "command 5, argument 3", "command 5, argument 4", "command 5, argument 5", "command 5, argument 6",
+		"description", "command 1, program", "command 2", "command 3, program", "command 4, program", "command 5, program",
+		"command 6, argument 2", "command 6, argument 3", "command 6, argument 4", "command 6, argument 5", "command 6, argument 6",
 		"file 1", "file 2", "writable path 1", "writable path 2", "module 2", "module 3", "capability 2",
 	}
 	if d := cmp.Diff(want, parts); d != "" {
@@ -169,11 +169,12 @@ func TestUnitNoStringAddsALine(t *testing.T) {
 	text := rapid.OneOf(odd, known, odd, known, odd, known, odd, known, rapid.String(),
 		rapid.SampledFrom([]string{"a\n[Service]", "\nExecStart=/bin/x", "\r", "\x00", "\u0085", "\xff"}))
 	path := rapid.Map(text, func(s string) string { return "/" + s })
+	program := rapid.OneOf(path, rapid.Map(rapid.StringOfN(rapid.RuneFrom([]rune("ab %{};#=[]-@!+:|\u00a0é~n")), 1, 8, -1), func(s string) string { return "/" + s }))
 	rapid.Check(t, func(t *rapid.T) {
 		s := persist.Service{
 			Description: text.Draw(t, "description"),
 			Commands: rapid.SliceOfN(rapid.Custom(func(t *rapid.T) []string {
-				return append([]string{path.Draw(t, "program")}, rapid.SliceOfN(text, 0, 3).Draw(t, "args")...)
+				return append([]string{program.Draw(t, "program")}, rapid.SliceOfN(text, 0, 3).Draw(t, "args")...)
 			}), 1, 3).Draw(t, "commands"),
 			Files:    rapid.SliceOfN(path, 0, 2).Draw(t, "files"),
 			Writable: rapid.SliceOfN(path, 0, 2).Draw(t, "writable"),
@@ -247,11 +248,11 @@ func firstUnwritable(s persist.Service) string {
 		}
 		return false
 	}
-	if bad(s.Description) || s.Description == "" || s.Description[len(s.Description)-1] == '\\' {
+	if bad(s.Description) || s.Description == "" || strings.HasSuffix(strings.TrimSpace(s.Description), `\`) {
 		return "description " + s.Description
 	}
 	for _, c := range s.Commands {
-		if strings.ContainsAny(c[0], "$") || c[0][len(c[0])-1] == '/' {
+		if strings.ContainsAny(c[0], "$'\"\\") || c[0][len(c[0])-1] == '/' {
 			return c[0]
 		}
 	}
