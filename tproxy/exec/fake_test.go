@@ -145,6 +145,8 @@ func (m *fakeMachine) run(_ context.Context, c command) (result, error) {
 	switch name {
 	case "busctl":
 		return m.bus(c.Args), nil
+	case "journalctl":
+		return result{}, nil
 	case "systemctl":
 		if c.Args[0] == "is-system-running" {
 			return result{Stdout: []byte(cmp.Or(m.systemState, "running") + "\n")}, nil
@@ -158,6 +160,17 @@ func (m *fakeMachine) run(_ context.Context, c command) (result, error) {
 	p, ok := strings.CutSuffix(name, "-restore")
 	if !ok {
 		return result{Exit: 127}, nil
+	}
+	if slices.Contains(c.Args, "--test") {
+		copied := &tproxytest.Netfilter{Family: m.netfilter[p].Family}
+		err := copied.Restore(m.netfilter[p].Save(), nil)
+		if err == nil {
+			err = copied.Restore(c.Stdin, nil)
+		}
+		if err != nil {
+			return result{Stderr: []byte(name + ": " + err.Error()), Exit: 1}, nil
+		}
+		return result{}, nil
 	}
 	m.writes++
 	if err := m.netfilter[p].Restore(c.Stdin, m.stop); err != nil {
@@ -224,6 +237,9 @@ func (m *fakeMachine) find(name string) (string, string) {
 	}
 	if m.resolved != nil && (name == "busctl" || name == "systemctl") {
 		return "/usr/bin/" + name, "/usr/bin/" + name
+	}
+	if m.root != "" && slices.Contains([]string{"busctl", "systemctl", "journalctl", "sh", "ip", "resolvectl"}, name) {
+		return "/usr/sbin/" + name, "/usr/sbin/" + name
 	}
 	plain := !strings.Contains(name, "-nft") && !strings.Contains(name, "-legacy")
 	if plain {

@@ -163,6 +163,19 @@ func (s *session) readStored(name string) (f storedFile, err error) {
 	return f, nil
 }
 
+// sideOf is the file that a new one is written to before it takes its place. The name is
+// always the same, so that what a killed run left is found.
+func sideOf(name string) string { return path.Join(path.Dir(name), "."+path.Base(name)+".kuma-tmp") }
+
+// halfDone reports whether a run that was killed left a file beside one of these, or a
+// folder of ours with nothing in it.
+func (s *session) halfDone(names ...string) bool {
+	there := func(name string) bool { _, err := s.m.disk().Lstat(name); return err == nil }
+	return slices.ContainsFunc(names, func(n string) bool {
+		return there(sideOf(n)) || n == savedName && !there(n) && there(storeDir)
+	})
+}
+
 // put makes what stands at a path what f is. was is what was read there: if it is
 // another by now, the error is dns.ErrChanged.
 func (s *session) put(was, f storedFile) error {
@@ -173,6 +186,10 @@ func (s *session) put(was, f storedFile) error {
 	}
 	if !now.same(was) {
 		return &dns.FileError{Path: f.path, What: "was changed meanwhile", Err: dns.ErrChanged, Remedy: "run this again"}
+	}
+	side := sideOf(f.path)
+	if err := d.Remove(side); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
 	switch {
 	case now.same(f):
@@ -186,10 +203,6 @@ func (s *session) put(was, f storedFile) error {
 			}
 		}
 		return d.Symlink(f.link, f.path)
-	}
-	side := path.Join(path.Dir(f.path), "."+path.Base(f.path)+".kuma-tmp")
-	if err := d.Remove(side); err != nil && !errors.Is(err, fs.ErrNotExist) { // of a run that was killed
-		return err
 	}
 	if err := d.Create(side, f.text, f.info); err != nil {
 		return err
@@ -279,19 +292,14 @@ func (s *session) readDirect() (storedFile, error) {
 func (s *session) direct(want rules.Set) (hostChange, error) {
 	holds := len(want.Bases)+len(want.Chains) > 0
 	was, err := s.readStored(directName)
-	if err == nil && (holds || was.there()) {
-		if _, err = s.readDirect(); err != nil && !holds {
-			// What cannot be written holds nothing of ours, as far as can be seen.
-			if d, e := persist.ReadDirect(was.text); e == nil && !slices.ContainsFunc(d.Entries, func(e persist.Entry) bool { return e.Owner == persist.Ours }) {
-				return hostChange{nothing: true}, nil
-			}
-		}
+	if err == nil && !holds && s.noneOfOurs(was) && !s.halfDone(directName) {
+		return hostChange{nothing: true}, nil
+	}
+	if err == nil {
+		_, err = s.readDirect()
 	}
 	if err != nil {
 		return hostChange{}, err
-	}
-	if !holds && !was.there() {
-		return hostChange{nothing: true}, nil
 	}
 	text := was.text
 	if was.there() && text == nil {
@@ -313,7 +321,7 @@ func (s *session) direct(want rules.Set) (hostChange, error) {
 	}
 	c := hostChange{
 		do: "the rules in " + directName, undo: directName + " as it was",
-		nothing: is.same(was),
+		nothing: is.same(was) && !s.halfDone(directName),
 		run:     func(context.Context) error { return s.put(was, is) },
 		back: func(context.Context) error {
 			now, err := s.readStored(directName)
@@ -333,6 +341,20 @@ func (s *session) direct(want rules.Set) (hostChange, error) {
 		c.notes = append(c.notes, fmt.Sprintf("left in %s, as it may be Kuma's or anybody else's: %s", directName, d))
 	}
 	return c, nil
+}
+
+// noneOfOurs reports whether a direct.xml surely holds nothing of ours or Kuma's, so that
+// it does not matter whether it can be edited, or read: there is no rule of ours, or
+// Kuma's, without a chain of theirs, and their names are such.
+func (s *session) noneOfOurs(f storedFile) bool {
+	if f.info.Kind == dns.Symlink {
+		return true // nobody has put anything through it
+	}
+	d, err := persist.ReadDirect(f.text)
+	if err != nil {
+		return !bytes.Contains(f.text, []byte("MESH_"))
+	}
+	return !slices.ContainsFunc(d.Entries, func(e persist.Entry) bool { return e.Owner == persist.Ours })
 }
 
 // lookAtStored finds, before anything is written, what is to be done for the install to

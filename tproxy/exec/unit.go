@@ -92,7 +92,7 @@ func (s *session) unit(p *tproxy.Plan) (hostChange, error) {
 		}
 		was, is = append(was, now), append(is, f)
 	}
-	c.nothing = len(is) == 0
+	c.nothing = len(is) == 0 && !(p == nil && s.halfDone(unitFiles()...))
 	if p == nil {
 		slices.Reverse(was)
 		slices.Reverse(is)
@@ -111,6 +111,7 @@ func (s *session) unit(p *tproxy.Plan) (hostChange, error) {
 			return err
 		}
 		if p == nil {
+			s.sweep()
 			s.quietly(ctx, "daemon-reload")
 			s.quietly(ctx, "reset-failed", persist.UnitName, persist.NamesUnitName)
 			return nil
@@ -135,6 +136,14 @@ func (s *session) unit(p *tproxy.Plan) (hostChange, error) {
 		return err
 	}
 	return c, nil
+}
+
+// sweep takes away what a run that was killed left.
+func (s *session) sweep() {
+	for _, name := range slices.Backward(unitFiles()) {
+		_ = s.m.disk().Remove(sideOf(name)) // as a rule there is none
+		s.removeFolder(path.Dir(name))
+	}
 }
 
 // isProgrammed reports whether a file is made for the program that comes back.
