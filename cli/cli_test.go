@@ -148,10 +148,30 @@ func (f fake) Probe(_ context.Context, n tproxy.Needs) (tproxy.Host, error) {
 		there := tproxy.Programs{Save: "/usr/sbin/x-save", Restore: "/usr/sbin/x-restore"}
 		h.Variants = []tproxy.Variant{{Backend: tproxy.IPTablesNFT, IPv4: there, IPv6: there, Unknown: why}}
 	}
+	switch why := os.Getenv("PERSISTENCE"); why {
+	case "":
+	case "systemd":
+		h.Persistence = tproxy.Persistence{Observed: true, NoFirewalld: "firewalld is not installed"}
+	case "firewalld":
+		h.Persistence = tproxy.Persistence{Observed: true, Firewalld: true}
+	default:
+		h.Persistence = tproxy.Persistence{Observed: true, NoSystemd: why, Elsewhere: why}
+	}
 	if os.Getenv("SHELL_PORT") != "" {
 		h.RemoteShells = []tproxy.RemoteShell{{Port: 2222, Why: "sshd, process 4711, listens on it"}}
 	}
 	return h, nil
+}
+
+func (f fake) BringBack(context.Context) (*exec.Report, error) {
+	if err := named(os.Getenv("BRING_BACK")); err != nil {
+		return nil, err
+	}
+	return &exec.Report{Steps: strings.FieldsFunc(os.Getenv("BROUGHT"), func(r rune) bool { return r == ',' })}, nil
+}
+
+func (f fake) BringBackNames(context.Context) (*exec.Report, error) {
+	return &exec.Report{Steps: []string{"names in .mesh to 10.0.0.9"}}, named(os.Getenv("BRING_BACK"))
 }
 
 func (f fake) Apply(_ context.Context, p *tproxy.Plan) (*exec.Report, error) {
@@ -403,6 +423,13 @@ type recorder struct {
 	plan   *tproxy.Plan
 	remove *exec.RemoveOptions
 	ctx    context.Context
+}
+
+func (r *recorder) BringBack(context.Context) (*exec.Report, error) {
+	return nil, errors.ErrUnsupported
+}
+func (r *recorder) BringBackNames(context.Context) (*exec.Report, error) {
+	return nil, errors.ErrUnsupported
 }
 
 func (r *recorder) Preflight(context.Context, *tproxy.Plan) (*exec.Preflight, error) {

@@ -122,8 +122,10 @@ func (l Loader) load(sources []Source, faults []tproxy.ConfigFault, over map[str
 		out.From[path] = v.from
 	}
 	d, err := tproxy.Decoder{}.Decode(nested(g.leaves), &out.Config)
-	if err != nil {
-		return nil, err // each value was accepted, so this cannot be
+	if e, ok := errors.AsType[*tproxy.ConfigError](err); ok { // each was accepted, and they contradict
+		return nil, &tproxy.ConfigError{Faults: located(e.Faults, out.From)}
+	} else if err != nil {
+		return nil, err
 	}
 	out.Settings = d.Settings
 	out.Warnings = append(g.warnings, located(d.Warnings, out.From)...)

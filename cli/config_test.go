@@ -84,7 +84,7 @@ func installed(t *testing.T, environ []string, args ...string) (c *tproxy.Config
 	var out, errOut bytes.Buffer
 	cmd.SetOut(&out)
 	cmd.SetErr(&errOut)
-	cmd.SetArgs(append([]string{"--persist=none"}, args...)) // with none at all it would take ours
+	cmd.SetArgs(append([]string{"--output=text"}, args...)) // with none at all it would take ours
 	err = cmd.Execute()
 	if rec.plan != nil {
 		c = &rec.plan.Config
@@ -213,7 +213,7 @@ var flagOf = map[string]string{
 	"redirect.dns.controlPlaneIP": "kuma-cp-ip", "redirect.dns.modifySharedResolvConfig": "modify-resolv-conf",
 	"redirect.dns.redirectTCP": "redirect-dns-tcp", "redirect.dns.resolvConfigPath": "resolv-conf", "redirect.vnet.networks": "vnet",
 	"dropInvalidPackets": "drop-invalid-packets", "log.enabled": "iptables-logs", "wait": "wait", "waitInterval": "wait-interval",
-	"retry.maxRetries": "max-retries", "retry.sleepBetweenRetries": "sleep-between-retries", "storeFirewalld": "store-firewalld",
+	"retry.maxRetries": "max-retries", "retry.sleepBetweenRetries": "sleep-between-retries", "storeFirewalld": "store-firewalld", "persist": "persist",
 	"comments.disabled": "disable-comments", "dryRun": "dry-run", "verbose": "verbose", "backend": "backend",
 	"ebpf.enabled": "ebpf-enabled",
 }
@@ -294,6 +294,7 @@ var envOf = func() map[string]string {
 		"verbose":                                  "VERBOSE",
 		"dryRun":                                   "DRY_RUN",
 		"backend":                                  "BACKEND",
+		"persist":                                  "PERSIST",
 		"ebpf.enabled":                             "EBPF_ENABLED",
 		"ebpf.instanceIP":                          "EBPF_INSTANCE_IP",
 		"ebpf.instanceIPEnvVarName":                "EBPF_INSTANCE_IP_ENV_VAR_NAME",
@@ -373,7 +374,7 @@ var values = map[string]pair{
 	"redirect.dns.controlPlaneIP": {`"10.0.0.9"`, `"fd00::9"`}, "redirect.dns.modifySharedResolvConfig": {"true", "false"},
 	"redirect.dns.redirectTCP": {"true", "false"},
 	"wait":                     {"7", "0"}, "waitInterval": {"1", "2"}, "retry.maxRetries": {"0", "9"}, "retry.sleepBetweenRetries": {`"1s"`, `"0s"`},
-	"comments.disabled": {"true", "false"}, "cniMode": {"true", "false"}, "backend": {`"iptables-legacy"`, `"iptables-nft"`},
+	"comments.disabled": {"true", "false"}, "cniMode": {"true", "false"}, "persist": {`"systemd"`, `"none"`}, "backend": {`"iptables-legacy"`, `"iptables-nft"`},
 
 	"redirect.inbound.includePorts": {"[1]", "[]"}, "redirect.outbound.includePorts": {"[1]", "[]"},
 	"redirect.inbound.insertRedirectInsteadOfAppend": {"true", "false"}, "redirect.outbound.insertRedirectInsteadOfAppend": {"true", "false"},
@@ -388,7 +389,7 @@ var values = map[string]pair{
 var notPaired = []string{"redirect.inbound.excludePortsForUIDs", "ebpf.", "dryRun", "verbose"}
 
 func notBuilt(path string) bool {
-	for _, p := range []string{"includePorts", "insertRedirect", "vnet", "dropInvalid", "log.", "storeFirewalld", "iptablesExec"} {
+	for _, p := range []string{"includePorts", "insertRedirect", "vnet", "dropInvalid", "log.", "iptablesExec"} {
 		if strings.Contains(path, p) {
 			return true
 		}
@@ -726,6 +727,7 @@ verbose: false
 dryRun: false
 cniMode: false
 backend: iptables-legacy
+persist: none
 `
 	var tree map[string]any
 	if err := yaml.Unmarshal([]byte(text), &tree); err != nil {

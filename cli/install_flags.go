@@ -229,6 +229,11 @@ func (p *parser) overridden() map[string]leaf {
 			out[f.key] = leaf{}
 		}
 	}
+	if p.given("persist") || p.given("store-firewalld") && p.bool("store-firewalld") {
+		out["persist"], out["storeFirewalld"] = leaf{}, leaf{}
+	} else if p.given("store-firewalld") {
+		out["storeFirewalld"] = leaf{}
+	}
 	dns := func(name string, value bool, paths ...string) {
 		for _, path := range paths {
 			out[path] = leaf{json: strconv.AppendBool(nil, value), from: "--" + name}

@@ -11,9 +11,10 @@ import (
 
 // dryRunJSON is what install --dry-run --output json prints.
 type dryRunJSON struct {
-	DryRun   bool          `json:"dryRun"`
-	Backend  string        `json:"backend"`
-	Why      string        `json:"why"`
+	DryRun  bool   `json:"dryRun"`
+	Backend string `json:"backend"`
+	Why     string `json:"why"`
+	persistJSON
 	Families []familyJSON  `json:"families"`
 	Config   tproxy.Config `json:"config"`
 	Former   *formerJSON   `json:"former,omitempty"`  // what is installed already
@@ -56,10 +57,11 @@ type familyJSON struct {
 
 // installJSON is what install --output json prints.
 type installJSON struct {
-	DryRun    bool          `json:"dryRun"`
-	Changed   bool          `json:"changed"`
-	Backend   string        `json:"backend,omitempty"`
-	Why       string        `json:"why,omitempty"`
+	DryRun  bool   `json:"dryRun"`
+	Changed bool   `json:"changed"`
+	Backend string `json:"backend,omitempty"`
+	Why     string `json:"why,omitempty"`
+	persistJSON
 	Families  []familyJSON  `json:"families"`
 	Config    tproxy.Config `json:"config"`
 	Former    *formerJSON   `json:"former,omitempty"`  // what was installed before
@@ -84,10 +86,20 @@ type uninstallJSON struct {
 	Notes    []string     `json:"notes"`
 }
 
+// persistJSON is by what an install comes back after a restart.
+type persistJSON struct {
+	Persist    string `json:"persist,omitempty"`
+	PersistWhy string `json:"persistWhy,omitempty"`
+}
+
+func persistOf(plan *tproxy.Plan) persistJSON {
+	return persistJSON{plan.Persist.String(), plan.PersistWhy}
+}
+
 func planJSON(plan *tproxy.Plan, before *exec.Installation) dryRunJSON {
 	out := dryRunJSON{
 		DryRun:  true,
-		Backend: plan.Backend.String(), Why: plan.BackendWhy,
+		Backend: plan.Backend.String(), Why: plan.BackendWhy, persistJSON: persistOf(plan),
 		Families: []familyJSON{},
 		Config:   plan.Config,
 		Former:   formerOf(before), Differs: changesOf(before, plan.Config),
@@ -108,7 +120,7 @@ func (r request) installJSON(plan *tproxy.Plan, report *exec.Report) installJSON
 	d := r.dataplane(plan)
 	out := installJSON{
 		Changed: report.Changed,
-		Backend: report.Backend.String(), Why: report.Why,
+		Backend: report.Backend.String(), Why: report.Why, persistJSON: persistOf(plan),
 		Families: familiesJSON(report.Families),
 		Config:   plan.Config,
 		Former:   formerOf(report.Before), Differs: changesOf(report.Before, plan.Config),

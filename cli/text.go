@@ -208,6 +208,9 @@ func (p *page) decisions(plan *tproxy.Plan) {
 	if !c.Inbound.Off && !sshProtected(c) {
 		p.linef("SSH: port %d is redirected like any other (%s)", tproxy.SSHPort, sshWhy(plan))
 	}
+	if plan.Persist != tproxy.PersistNone { // which is asked for, or a note
+		p.linef("After a restart: comes back by %s (%s)", plan.Persist, plan.PersistWhy)
+	}
 }
 
 func sshProtected(c tproxy.Config) bool {
