@@ -2,10 +2,12 @@ package exec_test
 
 import (
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/kumahq/kuma-tproxy/internal/bootlab"
 	"github.com/kumahq/kuma-tproxy/internal/netlab"
@@ -49,15 +51,28 @@ func bootRebooting(t *testing.T, b tproxy.Backend) *rebooting {
 	}
 	t.Cleanup(h.Machine.Close)
 	h.sh("useradd --uid " + fmt.Sprint(proxyUID) + " kuma-dp")
+	h.sh("resolvectl dns eth0 " + netlab.Resolver4.String())
 	return h
 }
+
+// d is the machine to the tests of names.
+func (h *rebooting) d() *debian { return &debian{world: h.world, Machine: h.Machine} }
 
 // lab makes a new lab, with who serves and the proxy.
 func (h *rebooting) lab() {
 	h.Helper()
 	h.world = newWorld(h.T, h.backend)
-	h.serve()
+	for _, l := range []struct {
+		n    *netlab.Namespace
+		uid  uint32
+		name string
+	}{{h.Host, appUID, "app"}, {h.Client, 0, "remote"}} {
+		if _, err := h.ListenTCP(l.n, l.uid, l.name, everywhere(22, 8080, 9005)...); err != nil {
+			h.T.Fatal(err)
+		}
+	}
 	h.proxy(netlab.Answer)
+	h.d().startControl()
 }
 
 func (h *rebooting) reboot() {
@@ -86,9 +101,9 @@ func (h *rebooting) kumactl(args string) string {
 // flows says whether everything goes where it should.
 func (h *rebooting) flows(installed bool) {
 	h.T.Helper()
-	want := []flow{{"A5", "outside host:8080 => in"}, {"A3", "outside host:22 => app"}, {"A3", "outside host:9005 => app"}}
+	want := []flow{{"A5", "outside host:8080 => in"}, {"A3", "outside host:22 => app"}, {"A3", "outside host:9005 => app"}, {"B11", "1000 internet:8080 => out"}}
 	if !installed {
-		want = []flow{{"A5", "outside host:8080 => app"}, {"A3", "outside host:22 => app"}}
+		want = []flow{{"A5", "outside host:8080 => app"}, {"A3", "outside host:22 => app"}, {"B11", "1000 internet:8080 => remote"}}
 	}
 	h.check(want...)
 }
@@ -100,43 +115,192 @@ for v in nft legacy; do for f in iptables ip6tables; do $f-$v-save | grep -i kum
 ip address show dev lo | grep ::6; systemctl list-units --all --plain --no-legend 'kuma*'; true`)
 }
 
+// resolves waits until names of the mesh come from the control plane.
+func (h *rebooting) resolves(when string) {
+	h.T.Helper()
+	for deadline := time.Now().Add(10 * time.Second); !h.d().resolves("backend.mesh"); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			h.T.Errorf("%s: no names\n%s", when, h.sh("ip -br address; resolvectl; systemctl status --no-pager "+persist.NamesUnitName+"; getent ahostsv4 backend.mesh; cat /etc/resolv.conf; true"))
+			return
+		}
+	}
+}
+
+// holds checks that the install stands as it was made, and that the same again changes
+// nothing.
+func (h *rebooting) holds(when, install string) {
+	h.T.Helper()
+	h.flows(true)
+	out, err := h.Machine.Run(h.T.Context(), "kumactl", "inspect", "transparent-proxy")
+	if err != nil || !strings.HasPrefix(out, "State: installed") {
+		h.T.Errorf("%s: inspect: %v\n%s\n%s", when, err, out, h.left())
+	}
+	if out := h.kumactl(install); strings.Contains(out, "Done:") {
+		h.T.Errorf("%s: the same again: %s", when, out)
+	}
+}
+
+// gone checks that nothing of the install is left.
+func (h *rebooting) gone(when, before string) {
+	h.T.Helper()
+	h.flows(false)
+	if left := h.left(); left != before {
+		h.T.Errorf("%s: left: %s", when, left)
+	}
+}
+
+// An install comes back at each boot, with the rules, ::6 and the names of the mesh, and
+// does not once it is uninstalled.
 func TestSystemdComesBack(t *testing.T) {
-	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
-		t.Run(b.String(), func(t *testing.T) {
-			h := bootRebooting(t, b)
+	for _, test := range []struct {
+		backend tproxy.Backend
+		scripts bool
+	}{{tproxy.IPTablesNFT, false}, {tproxy.IPTablesLegacy, false}, {tproxy.IPTablesNFT, true}} {
+		name := test.backend.String()
+		if test.scripts {
+			name += " by scripts"
+		}
+		t.Run(name, func(t *testing.T) {
+			h := bootRebooting(t, test.backend)
 			before := h.left()
-			out := h.kumactl("install --exclude-inbound-ports 9005 --backend " + b.String())
-			if !strings.Contains(out, "Done: the unit "+persist.UnitName) {
+			install := "install --exclude-inbound-ports 9005 --backend " + test.backend.String() + " --kuma-cp-ip " + plane4.String()
+			by := "runs /usr/local/bin/kumactl at boot"
+			if test.scripts { // root must not run what others can write
+				h.sh("chmod 777 /usr/local/bin")
+				by = "runs iptables-restore with saved scripts at boot"
+			}
+			if out := h.kumactl(install); !strings.Contains(out, "Done: the unit "+persist.UnitName+", which "+by) {
 				t.Errorf("%s", out)
 			}
-			h.flows(true)
-			t.Log(h.sh("systemctl status --no-pager " + persist.UnitName + "; find /etc/systemd/system /etc/kuma-tproxy | grep kuma; cat /etc/kuma-tproxy/*; cat /etc/systemd/system/kuma*"))
-			if out := h.kumactl("install --exclude-inbound-ports 9005 --backend " + b.String()); strings.Contains(out, "Done:") {
-				t.Errorf("the same again\n%s", out)
-			}
-			if out := h.kumactl("inspect"); !strings.Contains(out, "installed") {
+			if out := h.sh("systemd-analyze verify " + persist.UnitName + " " + persist.NamesUnitName + " 2>&1"); out != "" {
 				t.Errorf("%s", out)
 			}
-			for range 2 {
+			h.resolves("installed")
+			h.holds("installed", install)
+			for i := range 2 {
 				h.reboot()
-				h.flows(true)
-				if out := h.kumactl("inspect"); !strings.Contains(out, "installed") {
-					t.Errorf("%s\n%s", out, h.left())
-				}
-				if out := h.kumactl("install --exclude-inbound-ports 9005 --backend " + b.String()); strings.Contains(out, "Done:") {
-					t.Errorf("the same again, after a reboot\n%s", out)
+				when := fmt.Sprintf("boot %d", i+1)
+				h.resolves(when)
+				h.holds(when, install)
+				if state := h.sh("systemctl is-active " + persist.UnitName + " " + persist.NamesUnitName); state != "active\nactive\n" {
+					t.Errorf("%s: %s", when, state)
 				}
 			}
 			h.kumactl("uninstall")
-			h.flows(false)
-			if left := h.left(); left != before {
-				t.Errorf("left: %s", left)
-			}
+			h.gone("uninstalled", before)
 			h.reboot()
-			h.flows(false)
-			if left := h.left(); left != before {
-				t.Errorf("after a reboot: %s", left)
-			}
+			h.gone("uninstalled, and booted", before)
 		})
 	}
+}
+
+// Where firewalld rules the host, an install comes back by it and by systemd: through its
+// reloads, restarts, stop and start, and boots, with both of its backends, and with rules
+// of others in direct.xml, which an uninstall leaves byte for byte.
+func TestSystemdComesBackWithFirewalld(t *testing.T) {
+	const (
+		direct = "/etc/firewalld/direct.xml"
+		others = "<?xml version=\"1.0\" encoding=\"utf-8\"?>\n<direct>\n  <!-- of others -->\n  <rule ipv=\"ipv4\" table=\"nat\" chain=\"OUTPUT\" priority=\"0\">-p tcp --dport 9 -j ACCEPT</rule>\n</direct>\n"
+	)
+	for _, backend := range []string{"nftables", "iptables"} {
+		t.Run(backend, func(t *testing.T) {
+			h := bootRebooting(t, tproxy.IPTablesNFT)
+			h.sh("sed -i 's/^FirewallBackend=.*/FirewallBackend=" + backend + "/; s/^RFC3964_IPv4=.*/RFC3964_IPv4=no/' /etc/firewalld/firewalld.conf; firewall-offline-cmd -q --set-default-zone=trusted")
+			h.Put(t.Context(), direct, "640", []byte(others))
+			h.sh("systemctl enable -q --now firewalld")
+			before := h.left()
+			const install = "install --exclude-inbound-ports 9005"
+			out := h.kumactl(install)
+			for _, want := range []string{"Done: the unit " + persist.UnitName, "Done: the rules in " + direct, "After a restart: comes back by firewalld (firewalld runs here"} {
+				if !strings.Contains(out, want) {
+					t.Errorf("%q is not in %s", want, out)
+				}
+			}
+			h.holds("installed", install)
+			for _, do := range []string{"firewall-cmd -q --reload", "firewall-cmd -q --complete-reload", "systemctl reload firewalld", "systemctl restart firewalld", "systemctl stop firewalld", "systemctl start firewalld"} {
+				h.sh(do)
+				h.comesBack(do)
+				if do != "systemctl stop firewalld" { // without it, another way would be chosen
+					h.holds(do, install)
+				}
+			}
+			h.reboot()
+			h.comesBack("booted")
+			h.holds("booted", install)
+			h.kumactl("uninstall")
+			h.gone("uninstalled", before)
+			if now := h.sh("cat " + direct); now != others {
+				t.Errorf("direct.xml is\n%s", now)
+			}
+			if mode := h.sh("stat -c %a " + direct); mode != "640\n" {
+				t.Errorf("its mode is %s", mode)
+			}
+			h.sh("firewall-cmd -q --reload")
+			h.gone("uninstalled, and reloaded", before)
+			h.reboot()
+			h.gone("uninstalled, and booted", before)
+		})
+	}
+}
+
+// comesBack waits for the rules: a restart of firewalld returns before they are back.
+func (h *rebooting) comesBack(when string) {
+	h.T.Helper()
+	const atMost = 20 * time.Second
+	start := time.Now()
+	for time.Since(start) < atMost {
+		if seen, err := h.Dial(h.Client, 0, "tcp", netip.AddrPort{}, netip.AddrPortFrom(places["host"][0], 8080)); err == nil && seen.Who == "in" {
+			h.T.Logf("%s: back within %s", when, time.Since(start).Round(time.Millisecond))
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	h.T.Errorf("%s: nothing comes back within %s\n%s", when, atMost, h.sh("systemctl status --no-pager "+persist.UnitName+" firewalld; journalctl --no-pager -n 50 || true"))
+}
+
+// The power fails somewhere in an install, or in an uninstall: after the boot all of it is
+// there or nothing, and the next uninstall leaves nothing.
+func TestSystemdPowerCut(t *testing.T) {
+	h := bootRebooting(t, tproxy.IPTablesNFT)
+	before := h.left()
+	const install = "install --exclude-inbound-ports 9005"
+	start := time.Now()
+	h.kumactl(install)
+	installs := time.Since(start)
+	start = time.Now()
+	h.kumactl("uninstall")
+	uninstalls := time.Since(start)
+	const cuts = 5
+	ends := map[string]int{}
+	for i := range 2 * cuts {
+		verb, takes := "install transparent-proxy --exclude-inbound-ports 9005", installs
+		if i%2 == 1 {
+			h.kumactl(install)
+			verb, takes = "uninstall transparent-proxy", uninstalls
+		}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_, _ = h.Machine.Run(t.Context(), "sh", "-c", "kumactl "+verb)
+		}()
+		time.Sleep(takes * time.Duration(2*(i/2)+1) / (2 * cuts))
+		h.lab()
+		if err := h.Machine.PowerCut(t.Context(), h.Host.Path()); err != nil {
+			t.Fatal(err)
+		}
+		<-done
+		seen, err := h.Dial(h.Client, 0, "tcp", netip.AddrPort{}, netip.AddrPortFrom(places["host"][0], 8080))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ends[strings.Fields(verb)[0]+": "+seen.Who]++
+		if seen.Who == "in" {
+			h.holds(verb, install)
+		} else {
+			h.flows(false)
+		}
+		h.kumactl("uninstall")
+		h.gone(verb, before)
+	}
+	t.Logf("%v", ends)
 }

@@ -58,10 +58,13 @@ func namesText(ip, resolvectl, server string) string {
 	return fmt.Sprintf(`# Made by kuma-tproxy: names in .%[1]s are asked of the control plane.
 %[4]s link show %[2]s >/dev/null 2>&1 && exit 0
 from=$(%[4]s -o route get %[3]s | sed -n 's/.* src \([^ ]*\).*/\1/p')
-%[4]s link add %[2]s group %[6]d type dummy
+%[4]s link add %[2]s group %[6]d type dummy 2>/dev/null || {
+	%[4]s link add %[2]s group %[6]d type veth peer name %[2]s-p
+	%[4]s link set %[2]s-p addrgenmode none up
+}
 %[4]s link set %[2]s addrgenmode none up
 %[4]s address add "$from/32" dev %[2]s
-%[5]s default-route %[2]s no
+until %[5]s default-route %[2]s no; do sleep 0.1; done # until it hears of the interface
 for off in llmnr mdns dnssec dnsovertls; do %[5]s $off %[2]s no; done
 %[5]s domain %[2]s '~%[1]s'
 %[5]s dns %[2]s %[3]s

@@ -504,7 +504,7 @@ func TestStateOfATrial(t *testing.T) {
 	}
 	w.mustKumactl("install", w.trial(long)...)
 	files, err := filepath.Glob(dir + "/*")
-	if err != nil || len(files) != 2 {
+	if err != nil || len(files) != 3 {
 		t.Errorf("%v, %v", files, err)
 	}
 	for _, f := range append(files, dir) {

@@ -334,7 +334,7 @@ func TestTrialThatWasNeverArmed(t *testing.T) {
 		m.dead = false
 		return err
 	}
-	if err := try(); !errors.Is(err, errKilled) || len(m.kept) != 2 {
+	if err := try(); !errors.Is(err, errKilled) || len(m.kept) != 3 {
 		t.Fatalf("%v, %v", err, m.kept)
 	}
 	m.unchanged(t, before)
