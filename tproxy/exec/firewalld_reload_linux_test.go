@@ -1,6 +1,7 @@
 package exec_test
 
 import (
+	"bytes"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -164,6 +165,45 @@ func (f *firewalld) lives() {
 	if s := f.status(); s.State != exec.StateAbsent {
 		f.Errorf("after uninstall: %s", said(s))
 	}
+	f.rewritten()
+}
+
+// rewritten has firewall-cmd make its runtime permanent, with a direct rule that somebody
+// added: it writes the file anew, ours in it without the marks.
+func (f *firewalld) rewritten() {
+	f.Helper()
+	f.write(f.merge([]byte(others), f.set()))
+	f.reload("--reload")
+	f.on("", "firewall-cmd", "--direct", "--add-rule", "ipv4", "nat", "OUTPUT", "5", "-p", "tcp", "--dport", "7790", "-j", "ACCEPT")
+	f.on("", "firewall-cmd", "--runtime-to-permanent")
+	file := f.read()
+	if bytes.Contains(file, []byte("<!--")) || !bytes.Contains(file, []byte("7790")) || !bytes.Contains(file, []byte("KUMA_MESH_OUTBOUND")) {
+		f.Errorf("firewall-cmd wrote\n%s", file)
+	}
+	again := f.merge(file, f.set())
+	if !bytes.Equal(f.merge(again, f.set()), again) {
+		f.Error("merged twice, it is not as merged once")
+	}
+	rest, r, err := persist.RemoveDirect(file)
+	if err != nil || !r.Rewritten || bytes.Contains(rest, []byte(`chain="KUMA`)) || !bytes.Contains(rest, []byte("7790")) || !bytes.Contains(rest, []byte("7778")) {
+		f.Errorf("removal left, rewritten %t, %v\n%s", r.Rewritten, err, rest)
+	}
+	f.write(rest)
+	f.reload("--reload")
+	for _, family := range rules.Families() {
+		if ours := f.ours(family); len(ours.Bases)+len(ours.Chains) > 0 {
+			f.Errorf("%s: left %v", family, ours)
+		}
+	}
+}
+
+func (f *firewalld) set() rules.Set {
+	f.Helper()
+	plan, err := f.plan(tproxy.Config{})
+	if err != nil {
+		f.Fatal(err)
+	}
+	return plan.WithRecord(tproxy.Record{Version: "v0.1.0"})
 }
 
 // goesBack takes the install out and has a Snapshot put it back where it was.
