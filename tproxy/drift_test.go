@@ -103,6 +103,29 @@ func TestDrift(t *testing.T) {
 			again.At = 7
 			*l = append(*l, again)
 		}, []string{"+ doubled: IPv4 nat PREROUTING #7 -p tcp -m tcp --syn -m addrtype --dst-type LOCAL -j KUMA_MESH_INBOUND [a new TCP connection to an address of this host]"}},
+		{"a jump in a chain for direct rules", func(t *testing.T, s *rules.Set) {
+			l := *rulesOf(t, s, rules.NAT, "PREROUTING")
+			l[0].At, l[0].Via = 4, "PREROUTING_direct"
+		}, nil},
+		{"there, and doubled", func(t *testing.T, s *rules.Set) {
+			l := rulesOf(t, s, rules.NAT, "PREROUTING")
+			again := (*l)[0]
+			again.At, again.Via = 4, "PREROUTING_direct"
+			*l = append(*l, again)
+		}, []string{"+ doubled: IPv4 nat PREROUTING #1 -p tcp -m tcp --syn -m addrtype --dst-type LOCAL -j KUMA_MESH_INBOUND [a new TCP connection to an address of this host]"}},
+		{"there, twice", func(t *testing.T, s *rules.Set) {
+			l := rulesOf(t, s, rules.NAT, "PREROUTING")
+			(*l)[0].At, (*l)[0].Via = 4, "PREROUTING_direct"
+			again := (*l)[0]
+			again.At = 5
+			*l = append(*l, again)
+		}, []string{"+ doubled: IPv4 nat PREROUTING_direct #5 -p tcp -m tcp --syn -m addrtype --dst-type LOCAL -j KUMA_MESH_INBOUND [a new TCP connection to an address of this host]"}},
+		{"there, and nothing leads there", func(t *testing.T, s *rules.Set) {
+			l := *rulesOf(t, s, rules.NAT, "PREROUTING")
+			l[0].At, l[0].Via, l[0].Unmet = 4, "PREROUTING_direct", true
+		}, []string{
+			"- missing: IPv4 nat PREROUTING #1 -p tcp -m tcp --syn -m addrtype --dst-type LOCAL -j KUMA_MESH_INBOUND [a new TCP connection to an address of this host]",
+			"+ extra: IPv4 nat PREROUTING_direct #4 -p tcp -m tcp --syn -m addrtype --dst-type LOCAL -j KUMA_MESH_INBOUND [PREROUTING does not lead to PREROUTING_direct]"}},
 		{"another order", func(t *testing.T, s *rules.Set) { slices.Reverse(*rulesOf(t, s, rules.NAT, inbound)) },
 			[]string{"~ reordered: IPv4 nat KUMA_MESH_INBOUND [from #1 on the rules stand in another order]"}},
 		{"several", func(t *testing.T, s *rules.Set) {

@@ -297,3 +297,57 @@ func sorted(save string) string {
 	}
 	return b.String() + strings.Join(slices.Sorted(slices.Values(out)), "")
 }
+
+// Rules of Kuma's that stand in firewalld's chains for direct rules are found there, and
+// one transaction takes them out: the chain stays, with what is others' in it.
+func TestFindKumaInDirectChains(t *testing.T) {
+	const save = "*nat\n:DOCKER_OUTPUT - [0:0]\n:OUTPUT_direct - [0:0]\n" + kumaChains + `-A OUTPUT -p udp -m udp --dport 9 -j ACCEPT
+-A OUTPUT -j OUTPUT_direct
+-A OUTPUT_direct -p tcp -m tcp --dport 7777 -j ACCEPT
+-A OUTPUT_direct -p udp -m udp --dport 53 -m owner --uid-owner 5678 -j RETURN
+-A OUTPUT_direct -p udp -m udp --dport 53 -m owner --uid-owner 77 -j RETURN
+-A OUTPUT_direct -p udp -m udp --dport 5353 -j REDIRECT --to-ports 15053
+-A OUTPUT_direct -p tcp -j KUMA_MESH_OUTBOUND
+-A OUTPUT_direct -d 10.8.0.1/32 -j RETURN
+COMMIT
+`
+	n := &tproxytest.Netfilter{Family: rules.IPv4}
+	if err := n.Restore([]byte(save), nil); err != nil {
+		t.Fatal(err)
+	}
+	found := find(t, rules.IPv4, string(n.Save()))
+	want := `nat PREROUTING #1 -p tcp -j KUMA_MESH_INBOUND
+nat OUTPUT #2 -p udp -m udp --dport 53 -m owner --uid-owner 5678 -j RETURN
+nat OUTPUT #5 -p tcp -j KUMA_MESH_OUTBOUND
+doubtful: nat OUTPUT_direct #3: -A OUTPUT_direct -p udp -m udp --dport 53 -m owner --uid-owner 77 -j RETURN
+doubtful: nat OUTPUT_direct #6: -A OUTPUT_direct -d 10.8.0.1/32 -j RETURN
+`
+	if got := lines(found); got != want {
+		t.Errorf("found\n%s\nwant\n%s", got, want)
+	}
+	for _, c := range found.Ours.Bases {
+		for _, r := range c.Rules {
+			if via := map[rules.Hook]string{rules.Output: "OUTPUT_direct"}[c.Hook]; r.Via != via {
+				t.Errorf("%s %s stands in %q, want %q", c.Hook, r, r.Via, via)
+			}
+		}
+	}
+	if !slices.Contains(found.Kuma, "nat OUTPUT") {
+		t.Errorf("Kuma's: %q", found.Kuma)
+	}
+	script := rules.Transition(rules.IPv4, found.Ours, rules.Set{})
+	if err := n.Restore(script, nil); err != nil {
+		t.Fatalf("%v\n%s", err, script)
+	}
+	direct, _ := n.Set().Chain(rules.NAT, "OUTPUT_direct")
+	if left := len(direct.Rules); left != 4 || strings.Contains(string(n.Save()), "KUMA") {
+		t.Errorf("%d rules are left\n%s", left, n.Save())
+	}
+	back := rules.Transition(rules.IPv4, find(t, rules.IPv4, string(n.Save())).Ours, found.Ours)
+	if err := n.Restore(back, nil); err != nil {
+		t.Fatalf("%v\n%s", err, back)
+	}
+	if got := lines(find(t, rules.IPv4, string(n.Save()))); got != want {
+		t.Errorf("put back\n%s", got)
+	}
+}

@@ -92,10 +92,10 @@ func run(rounds int, date, out string) error {
 	p.Linef("firewalld: %s", hosts[backends[0]].version())
 	p.Linef("Rounds: %d of each line, interleaved; medians\n", rounds)
 	p.Linef("took: how long firewalld was at it. gap: how long new connections escaped, IPv4 and IPv6 apart, the longer.")
-	p.Linef("escaped: of the connections that were made from the beginning to a second after the end. late: of them those")
-	p.Linef("that took more than 100 ms or failed: firewalld drops new ones while it reloads.")
+	p.Linef("escaped: of the connections that were made from the beginning to a second after the end, in all rounds. held up:")
+	p.Linef("how many of them took more than 100 ms, or got no answer in a second: firewalld drops new ones while it reloads.")
 	p.Linef("back: in how many rounds the rules redirected again a second after the end.\n")
-	p.Linef("%-9s %-11s %-16s %9s %9s %9s %9s %7s %7s | %17s", "backend", "rules", "change", "took", "gap", "gap/took", "escaped", "late", "back", "control: escaped")
+	p.Linef("%-9s %-11s %-16s %9s %9s %9s %14s %8s %7s | %17s", "backend", "rules", "change", "took", "gap", "gap/took", "escaped", "held up", "back", "control: escaped")
 	for _, r := range rows {
 		print(p, r)
 	}
@@ -106,14 +106,14 @@ func run(rounds int, date, out string) error {
 // rules of the file were not back, or live ones were.
 func print(p *crowd.Page, r *row) {
 	var took, gaps []time.Duration
-	var share, escaped, late []float64
-	back, lost, made := 0, 0, 0
+	var share, heldUp []float64
+	back, escaped, made, lost, controls := 0, 0, 0, 0, 0
 	for _, s := range r.samples {
 		took, gaps = append(took, s.took), append(gaps, s.ours.gap)
 		share = append(share, float64(s.ours.gap)/float64(s.took))
-		escaped = append(escaped, float64(s.ours.escaped)/float64(s.ours.made))
-		late = append(late, float64(s.ours.late)/float64(s.ours.made))
-		lost, made = lost+s.control.escaped, made+s.control.made
+		heldUp = append(heldUp, float64(s.ours.heldUp)/float64(s.ours.made))
+		escaped, made = escaped+s.ours.escaped, made+s.ours.made
+		lost, controls = lost+s.control.escaped, controls+s.control.made
 		if s.ours.back {
 			back++
 		}
@@ -123,8 +123,8 @@ func print(p *crowd.Page, r *row) {
 	if comes {
 		gap, ratio = fmt.Sprintf("%.0f ms", crowd.Median(gaps).Seconds()*1000), fmt.Sprintf("%.2f", crowd.Median(share))
 	}
-	p.Linef("%-9s %-11s %-16s %6.0f ms %9s %9s %7.0f %% %5.0f %% %7s | %17s", r.backend, r.place, r.change.name, crowd.Median(took).Seconds()*1000,
-		gap, ratio, 100*crowd.Median(escaped), 100*crowd.Median(late), fmt.Sprintf("%d of %d", back, len(r.samples)), fmt.Sprintf("%d of %d", lost, made))
+	p.Linef("%-9s %-11s %-16s %6.0f ms %9s %9s %14s %6.0f %% %7s | %17s", r.backend, r.place, r.change.name, crowd.Median(took).Seconds()*1000,
+		gap, ratio, fmt.Sprintf("%d of %d", escaped, made), 100*crowd.Median(heldUp), fmt.Sprintf("%d of %d", back, len(r.samples)), fmt.Sprintf("%d of %d", lost, controls))
 	if lost > 0 || comes && back < len(r.samples) || !comes && back > 0 {
 		p.Bad++
 	}

@@ -15,7 +15,7 @@ import (
 // own: one that hangs does not keep others from seeing a gap.
 const pause = 5 * time.Millisecond
 
-// slow is how long a connection takes that is late.
+// slow is how long a connection takes that was held up.
 const slow = 100 * time.Millisecond
 
 // try is one connection.
@@ -63,7 +63,7 @@ func (h *host) connect(to []netip.AddrPort) *client {
 
 // stream is what became of the connections of a client.
 type stream struct {
-	made, escaped, late int
+	made, escaped, heldUp int
 	// gap is for how long new connections escaped, of the family that it was longer for.
 	gap  time.Duration
 	back bool
@@ -81,7 +81,7 @@ func (c *client) stop(since time.Time) (s stream) {
 			case t.who == "remote":
 				s.escaped++
 			case t.who != "out" || t.ended.Sub(t.begun) > slow:
-				s.late++
+				s.heldUp++
 			}
 		}
 		s.gap = max(s.gap, gap(tries))

@@ -1,6 +1,7 @@
 package exec_test
 
 import (
+	"bytes"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -164,6 +165,46 @@ func (f *firewalld) lives() {
 	if s := f.status(); s.State != exec.StateAbsent {
 		f.Errorf("after uninstall: %s", said(s))
 	}
+	f.rewritten()
+}
+
+// rewritten has firewall-cmd make its runtime permanent, with a direct rule that somebody
+// added: it writes the file anew, ours in it without the marks.
+func (f *firewalld) rewritten() {
+	f.Helper()
+	f.write(f.merge([]byte(others), f.set(tproxy.Config{})))
+	f.reload("--reload")
+	f.on("", "firewall-cmd", "--direct", "--add-rule", "ipv4", "nat", "OUTPUT", "5", "-p", "tcp", "--dport", "7790", "-j", "ACCEPT")
+	f.on("", "firewall-cmd", "--runtime-to-permanent")
+	file := f.read()
+	if bytes.Contains(file, []byte("<!--")) || !bytes.Contains(file, []byte("7790")) || !bytes.Contains(file, []byte("KUMA_MESH_OUTBOUND")) {
+		f.Errorf("firewall-cmd wrote\n%s", file)
+	}
+	again := f.merge(file, f.set(tproxy.Config{}))
+	if !bytes.Equal(f.merge(again, f.set(tproxy.Config{})), again) {
+		f.Error("merged twice, it is not as merged once")
+	}
+	rest, r, err := persist.RemoveDirect(file)
+	if err != nil || !r.Rewritten || bytes.Contains(rest, []byte(`chain="KUMA`)) || !bytes.Contains(rest, []byte("7790")) || !bytes.Contains(rest, []byte("7778")) {
+		f.Errorf("removal left, rewritten %t, %v\n%s", r.Rewritten, err, rest)
+	}
+	f.write(rest)
+	f.reload("--reload")
+	for _, family := range rules.Families() {
+		if ours := f.ours(family); len(ours.Bases)+len(ours.Chains) > 0 {
+			f.Errorf("%s: left %v", family, ours)
+		}
+	}
+}
+
+// set are the rules of a config with a record, as for direct.xml.
+func (f *firewalld) set(c tproxy.Config) rules.Set {
+	f.Helper()
+	plan, err := f.plan(c)
+	if err != nil {
+		f.Fatal(err)
+	}
+	return plan.WithRecord(tproxy.Record{Version: "v0.1.0"})
 }
 
 // goesBack takes the install out and has a Snapshot put it back where it was.
@@ -206,4 +247,42 @@ func (f *firewalld) notLedTo(c tproxy.Config) {
 	if s := f.status(); s.State != exec.StateInstalled {
 		f.Errorf("led to again: %s", said(s))
 	}
+}
+
+// kumas are entries as Kuma's --store-firewalld wrote them (its fault K8): what is of IPv6
+// stands there as ipv4, and a single one keeps firewalld from loading any.
+const kumas = `  <chain ipv="ipv4" table="nat" chain="KUMA_MESH_OUTBOUND"></chain>
+  <chain ipv="ipv4" table="nat" chain="KUMA_MESH_OUTBOUND_REDIRECT"></chain>
+  <rule ipv="ipv4" table="nat" chain="OUTPUT" priority="3">-p tcp -j KUMA_MESH_OUTBOUND</rule>
+  <rule ipv="ipv4" table="nat" chain="KUMA_MESH_OUTBOUND" priority="3">-s ::6/128 -o lo -j RETURN</rule>
+  <rule ipv="ipv4" table="nat" chain="KUMA_MESH_OUTBOUND" priority="3">-m owner --uid-owner 5678 -j RETURN</rule>
+  <rule ipv="ipv4" table="nat" chain="KUMA_MESH_OUTBOUND" priority="3">-j KUMA_MESH_OUTBOUND_REDIRECT</rule>
+  <rule ipv="ipv4" table="nat" chain="KUMA_MESH_OUTBOUND_REDIRECT" priority="3">-p tcp -j REDIRECT --to-ports 15001</rule>
+`
+
+// The real firewalld loads nothing of a file with Kuma's entries, and with ours in their
+// place, or without any, everything that others have in it.
+func TestFirewalldLoadsAgainAfterKuma(t *testing.T) {
+	runtimeSuite(t, "firewalld", "firewall-cmd", "dbus-daemon", "ip")
+	f := &firewalld{world: newWorld(t, tproxy.IPTablesNFT)}
+	f.file = filepath.Join(f.firewalld("FirewallBackend=nftables", "RFC3964_IPv4=no"), "direct.xml")
+	broken := strings.Replace(others, "</direct>", kumas+"</direct>", 1)
+	f.write([]byte(broken))
+	if out, err := f.Lab.Run(f.Context(), f.Host, "", "firewall-cmd", "--reload"); err == nil {
+		t.Errorf("firewalld loads Kuma's entries: %s", out)
+	}
+	if save := f.on("", f.program(rules.IPv4, "save")); strings.Contains(save, "7777") {
+		t.Errorf("firewalld loads some of it:\n%s", save)
+	}
+	set := f.set(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true, ResolvConf: f.resolvConf(netlab.Resolver4, netlab.Resolver6)}})
+	f.write(f.merge([]byte(broken), set))
+	f.reload("--reload")
+	f.has(set, true)
+	rest, r, err := persist.RemoveDirect([]byte(broken))
+	if err != nil || string(rest) != others || len(r.Kuma) == 0 {
+		t.Errorf("removal left %q, %q, %v", rest, r.Kuma, err)
+	}
+	f.write(rest)
+	f.reload("--reload")
+	f.has(rules.Set{}, true)
 }

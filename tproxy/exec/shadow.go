@@ -566,7 +566,9 @@ func (x *shadows) leaves(d draft) (out, back []leaf) {
 					g.behind = g.behind || slices.Contains(r.Matches, rules.Match(d.packet.Protocol))
 					continue
 				}
-				g.rule(d, r, 0, r.Via == "")
+				// A return from a detour passes by those of ours that stand there.
+				last := r.Via == "" || slices.ContainsFunc(ours.Rules, func(o rules.Rule) bool { return o.Via == r.Via })
+				g.rule(d, r, 0, last)
 			}
 			out, back = append(out, g.out...), append(back, g.back...)
 		}

@@ -195,6 +195,54 @@ COMMIT
 -A KUBE-SEP-AUHJR4YUEW5AAYVB -p tcp -m tcp -j DNAT --to-destination 10.244.2.5:8080
 COMMIT
 `, StateInstalled, StateDrifted, nil},
+	{"firewalld with FirewallBackend=iptables", `*mangle
+:PREROUTING_direct - [0:0]
+-A PREROUTING -j PREROUTING_direct
+-A PREROUTING -m rpfilter --validmark --invert -j DROP
+COMMIT
+*nat
+:PREROUTING_direct - [0:0]
+:PREROUTING_ZONES - [0:0]
+:PRE_public - [0:0]
+:OUTPUT_direct - [0:0]
+-I PREROUTING 1 -j PREROUTING_direct
+-A PREROUTING -j PREROUTING_ZONES
+-I OUTPUT 1 -j OUTPUT_direct
+-A PREROUTING_ZONES -g PRE_public
+COMMIT
+*filter
+:INPUT_direct - [0:0]
+-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT
+-A INPUT -i lo -j ACCEPT
+-A INPUT -j INPUT_direct
+-A INPUT -m conntrack --ctstate INVALID -j DROP
+-A INPUT -j REJECT --reject-with icmp-host-prohibited
+COMMIT
+`, StateInstalled, StateInstalled, nil},
+}
+
+// Direct rules of others in front of ours, in firewalld's chain for them, are seen as those
+// in the built-in chain are; behind ours they are not met.
+func TestStatusOfDirectRules(t *testing.T) {
+	for place, want := range map[string]State{"-I OUTPUT_direct 1": StateDrifted, "-A OUTPUT_direct": StateInstalled} {
+		for _, action := range []string{"ACCEPT", "RETURN"} { // which goes back to OUTPUT, past ours
+			m := newFakeMachine(t)
+			m.install(t, tproxy.Config{Backend: tproxy.IPTablesNFT})
+			n := m.of(true, rules.IPv4)
+			all, err := rules.ParseSave(n.Family, n.Save())
+			if err != nil {
+				t.Fatal(err)
+			}
+			output, _ := tproxy.Find(n.Family, all).Ours.Base(rules.NAT, rules.Output)
+			jump := output.Rules[0].String()
+			m.edit(t, "iptables-nft", "*nat\n:OUTPUT_direct - [0:0]\n-D OUTPUT "+jump+"\n-A OUTPUT -j OUTPUT_direct\n-A OUTPUT_direct "+jump+"\n"+place+" -p tcp -m tcp --dport 443 -j "+action+"\nCOMMIT\n")
+			says := ""
+			if want == StateDrifted {
+				says = "~ shadowed: IPv4 nat OUTPUT_direct #1 "
+			}
+			m.status(t).says(t, want, says)
+		}
+	}
 }
 
 // A chain with the name of one that publishes ports publishes none where it sends on
@@ -233,7 +281,7 @@ func TestStatusOfOrdinaryHosts(t *testing.T) {
 					}
 					s := m.status(t)
 					s.says(t, want, h.parts...)
-					published := strings.Contains(h.v4, "-A PREROUTING") && strings.Contains(h.v4, "DNAT")
+					published := strings.Contains(h.v4, "-A PREROUTING") && strings.Contains(h.v4, "-j DNAT")
 					if said := strings.Contains(strings.Join(s.Notes, "\n"), "a published port answers as before"); said != (published && !after) {
 						t.Errorf("published: %v, notes %q", said, s.Notes)
 					}

@@ -196,10 +196,8 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// K8: what Kuma's installer wrote when it wrote something (testdata of its firewalld
-// package), with an IPv6 rule as ipv4, goes; rules of others beside it stay.
-func TestKumasEntriesGo(t *testing.T) {
-	kumas := `  <chain ipv="ipv4" table="nat" chain="KUMA_MESH_INBOUND"></chain>
+// kumasEntries are those of Kuma's --store-firewalld, in its order.
+const kumasEntries = `  <chain ipv="ipv4" table="nat" chain="KUMA_MESH_INBOUND"></chain>
   <chain ipv="ipv4" table="nat" chain="KUMA_MESH_OUTBOUND"></chain>
   <chain ipv="ipv4" table="nat" chain="KUMA_MESH_INBOUND_REDIRECT"></chain>
   <chain ipv="ipv4" table="nat" chain="KUMA_MESH_OUTBOUND_REDIRECT"></chain>
@@ -218,6 +216,11 @@ func TestKumasEntriesGo(t *testing.T) {
   <rule ipv="ipv4" table="nat" chain="KUMA_MESH_INBOUND_REDIRECT" priority="3">-p tcp -j REDIRECT --to-ports 15006</rule>
   <rule ipv="ipv4" table="nat" chain="KUMA_MESH_OUTBOUND_REDIRECT" priority="3">-p tcp -j REDIRECT --to-ports 15001</rule>
 `
+
+// K8: what Kuma's installer wrote when it wrote something (testdata of its firewalld
+// package), with an IPv6 rule as ipv4, goes; rules of others beside it stay.
+func TestKumasEntriesGo(t *testing.T) {
+	kumas := kumasEntries
 	head, foot := "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<direct>\n", "</direct>"
 	others := "  " + foreign + "\n" + `  <chain ipv="ipv4" table="nat" chain="KUMA_MESH_MINE"/>
   <rule ipv="ipv4" table="nat" chain="OUTPUT" priority="9">-p udp --dport 5353 -d fd00::53/128 -j REDIRECT --to-ports 5354</rule>
@@ -244,6 +247,53 @@ func TestKumasEntriesGo(t *testing.T) {
 	if len(r.Doubtful) != 1 || string(rest) != head+invalid+foot || r.Empty {
 		t.Errorf("doubtful %v\n%s", r.Doubtful, rest)
 	}
+}
+
+// K8, wherever Kuma's entries stand in a file: a merge and a removal leave what a removal
+// alone does, and that is what others have in it.
+func TestMergeOverKumasEntries(t *testing.T) {
+	kumas := strings.SplitAfter(strings.TrimSpace(kumasEntries), "\n")
+	rapid.Check(t, func(t *rapid.T) {
+		file, s := string(drawFile(t)), drawSet(t)
+		end := strings.LastIndex(file, "</direct>")
+		if end < 0 {
+			t.Skip("no place for them")
+		}
+		// Kuma's own writer has its entries in one piece, in its order.
+		with := file[:end] + "\n" + strings.Join(kumas[:rapid.IntRange(4, len(kumas)).Draw(t, "entries")], "") + "\n" + file[end:]
+		alone, r, err := persist.RemoveDirect([]byte(with))
+		if err != nil {
+			t.Skip("others need a chain of Kuma's")
+		}
+		if len(r.Removed) < 4 || bytes.Contains(alone, []byte("KUMA_MESH_INBOUND_REDIRECT")) {
+			t.Fatalf("%d entries went, and left %q", len(r.Removed), alone)
+		}
+		merged := merge(t, []byte(with), s)
+		if again := merge(t, merged, s); !bytes.Equal(again, merged) {
+			t.Fatalf("merged twice, it is not as merged once: %q", again)
+		}
+		if rest, r := remove(t, merged); !identical(rest, alone) || r.Rewritten {
+			t.Fatalf("%q became %q, and without a merge %q", with, rest, alone)
+		}
+		before, err := persist.ReadDirect([]byte(file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		after, err := persist.ReadDirect(alone)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var was, is []string
+		for _, e := range before.Entries {
+			was = append(was, e.String())
+		}
+		for _, e := range after.Entries {
+			is = append(is, e.String())
+		}
+		if !slices.Equal(was, is) {
+			t.Fatalf("entries of others: %s", cmp.Diff(was, is))
+		}
+	})
 }
 
 // hostile are reasons and interfaces that try to break out of XML, of shlex, of the
