@@ -191,10 +191,15 @@ func bootDebian(t *testing.T, suite, tool string) *debian {
 	t.Helper()
 	w := newWorld(t, tproxy.IPTablesNFT)
 	root := filepath.Join(t.TempDir(), suite)
-	packages := []string{"systemd", "systemd-sysv", "systemd-resolved", "libnss-resolve", "dbus", "iptables", "iproute2"}
-	if err := bootlab.Make(t.Context(), root, suite, packages, netlab.Outside()); err != nil {
+	image := bookworm
+	if suite != image.Suite {
+		image = bootlab.Image{Suite: suite, Packages: []string{"systemd", "systemd-sysv", "systemd-resolved", "libnss-resolve", "dbus", "iptables", "iproute2"}}
+	}
+	remove, err := image.Copy(t.Context(), root, netlab.Outside())
+	if err != nil {
 		cannotRun(t, "systemd", "no %s to be had: %v", suite, err)
 	}
+	t.Cleanup(remove)
 	text, err := os.ReadFile(tool)
 	if err == nil {
 		err = os.WriteFile(filepath.Join(root, "usr/local/bin/kumactl"), text, 0o755)

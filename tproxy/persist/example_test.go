@@ -42,3 +42,29 @@ func Example() {
 	// 0 differences
 	// true false
 }
+
+// The unit that brings an install back at boot. What stands there already is replaced
+// where it is ours, and is an error where it is not.
+func ExampleUnit() {
+	unit, err := persist.Unit(nil, persist.Service{
+		Description: "Transparent proxying of the mesh",
+		Commands:    [][]string{{"/usr/local/bin/kumactl", "install", "transparent-proxy", "--exclude-inbound-ports", "9100"}},
+		Writable:    []string{"/run"},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	for line := range strings.Lines(string(unit)) {
+		if strings.HasPrefix(line, "Before=") || strings.HasPrefix(line, "ExecStart=") {
+			fmt.Print(line)
+		}
+	}
+	fmt.Println(persist.UnitName, persist.OurUnit(unit))
+	_, err = persist.Unit([]byte("[Service]\n"), persist.Service{Description: "x", Commands: [][]string{{"/bin/true"}}})
+	fmt.Println(err)
+	// Output:
+	// Before=network-pre.target shutdown.target
+	// ExecStart=/usr/local/bin/kumactl install transparent-proxy --exclude-inbound-ports 9100
+	// kuma-transparent-proxy.service true
+	// kuma-transparent-proxy.service, not ours, "[Service]": accepted is no such file, or one with the line "# Made by kuma-tproxy: \"kumactl uninstall transparent-proxy\" takes it away, and an install writes it anew."
+}

@@ -125,9 +125,10 @@ func Unit(file []byte, s Service) ([]byte, error) {
 	return w.bytes(), nil
 }
 
-// waitForFirewalld returns when firewalld has loaded its rules, and at once where it does
-// not run. Its service is Type=dbus, and it takes its name on the bus before it flushes.
-const waitForFirewalld = "-busctl --quiet --auto-start=no --timeout=60 get-property org.fedoraproject.FirewallD1 /org/fedoraproject/FirewallD1 org.fedoraproject.FirewallD1 state"
+// waitForFirewalld returns when firewalld has loaded its rules, and at once, without a
+// word, where it does not run. Its service is Type=dbus, and it takes its name on the bus
+// before it flushes.
+const waitForFirewalld = `-sh -c "exec busctl --auto-start=no --timeout=60 get-property org.fedoraproject.FirewallD1 /org/fedoraproject/FirewallD1 org.fedoraproject.FirewallD1 state >/dev/null 2>&1"`
 
 // NamesUnit is Unit for the unit, of the name NamesUnitName, that tells systemd-resolved
 // again who knows the names of the mesh: over D-Bus, and with the network up, as it takes
