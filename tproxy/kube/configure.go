@@ -131,7 +131,6 @@ type configuring struct {
 	faults      []tproxy.ConfigFault
 	drop, log   bool // what only Kuma's rules can do
 	probe       uint16
-	probeFrom   string
 	added       rules.Ports // inbound ports that the injector has added
 }
 
@@ -140,10 +139,11 @@ func (c *configuring) begin() {
 	s := c.settings
 	c.result = Result{Config: clone(s.Config), Sources: map[string]Source{},
 		Conflicts: slices.Clone(s.conflicts), Warnings: slices.Clone(s.warnings)}
+	identify(&c.result.Config, s.Config)
 	for path, name := range s.From {
 		c.result.Sources[path] = Source{ByControlPlane, name}
 	}
-	c.probe, c.probeFrom = s.ProbeProxyPort, envProbes
+	c.probe = s.ProbeProxyPort
 }
 
 // computed takes the configuration that the injector has computed for the pod: all of
@@ -152,6 +152,7 @@ func (c *configuring) computed() {
 	text, ok := c.annotations[KeyConfig]
 	switch {
 	case c.settings.Computed != nil:
+		c.drop, c.log = false, false // of which a Config knows nothing
 		c.replace(c.settings.Computed.Config, func(path string) string { return c.settings.Computed.From[path] })
 		return
 	case !ok || strings.TrimSpace(text) == "":
@@ -218,7 +219,7 @@ func (c *configuring) annotation(name, value string) {
 	if strings.HasPrefix(name, "traffic.kuma.io/") {
 		c.fault(tproxy.ConfigFault{Source: name, Value: short(value), What: "has no meaning: there is no such annotation",
 			Accepted: nearest(name) + ", the nearest one"})
-	} else if strings.HasPrefix(name, "kuma.io/") || strings.HasPrefix(name, "k8s.kuma.io/") {
+	} else if strings.HasPrefix(name, "kuma.io/") {
 		c.result.Ignored = append(c.result.Ignored, name)
 	}
 }
@@ -234,7 +235,7 @@ func (c *configuring) always() {
 	}
 	r.Config.Inbound.ExcludePorts = r.Config.Inbound.ExcludePorts.Union(r.Always)
 	if _, ok := r.Sources[pathInboundPorts]; !ok && !r.Always.IsEmpty() {
-		r.Sources[pathInboundPorts] = Source{ByControlPlane, "ports of probes"}
+		r.Sources[pathInboundPorts] = Source{ByInjector, "ports of probes"}
 	}
 	r.Config.Pod = true
 }
@@ -292,6 +293,7 @@ func (s Settings) differ(c tproxy.Config, counts func(path string) bool) (out []
 	return out
 }
 
+// from says where the settings have a value from.
 func (s Settings) from(path string) string {
 	if name, ok := s.From[path]; ok {
 		return name

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"maps"
 	"strconv"
 	"strings"
 
@@ -44,6 +45,38 @@ type Settings struct {
 
 	conflicts []Conflict           // of ConfigMaps with the environment
 	warnings  []tproxy.ConfigFault // of ConfigMaps
+}
+
+// WithComputed are the settings for a pod of which the injector's configuration is had
+// otherwise than from its annotations. Who the proxy is, c says where the settings say
+// nothing of it (From): the files of an init container are the control plane's word too.
+func (s Settings) WithComputed(c Computed) Settings {
+	own := s.From
+	s.Computed, s.From = &c, maps.Clone(own)
+	if s.From == nil {
+		s.From = map[string]string{}
+	}
+	who := s.Config
+	for _, path := range identity {
+		if _, said := own[path]; said {
+			continue
+		}
+		switch path {
+		case pathUser:
+			who.ProxyUIDs, who.ProxyUser = c.Config.ProxyUIDs, c.Config.ProxyUser
+		case pathInboundPort:
+			who.Inbound.Port = c.Config.Inbound.Port
+		case pathOutboundPort:
+			who.Outbound.Port = c.Config.Outbound.Port
+		case pathDNSPort:
+			who.DNS.Port = c.Config.DNS.Port
+		}
+		if name, ok := c.From[path]; ok {
+			s.From[path] = name
+		}
+	}
+	s.Config = clone(who)
+	return s
 }
 
 // Computed is a configuration that was computed for one pod.
