@@ -109,20 +109,18 @@ func (c *configuring) conflict(x Conflict) { c.result.Conflicts = append(c.resul
 // workload is the name of a ConfigMap of the pod's own, which can be read with the API
 // server alone, or where it is mounted.
 func (c *configuring) workload(name, value string) {
-	if c.settings.Computed != nil || strings.TrimSpace(value) == "" {
+	if strings.TrimSpace(value) == "" {
 		return
 	}
 	c.fault(tproxy.ConfigFault{Source: name, Value: short(value), What: "names a ConfigMap that cannot be read here",
 		Accepted: "an init container, which has it mounted, or its keys in " + KeyConfig})
 }
 
-// inboundPorts is the pod's own list. Beside it stays what the injector has added to
-// the one that it computed, as for probes: it is there that the control plane's
-// list does not name.
+// inboundPorts is the pod's own list, beside which stays what the injector has added.
 func (c *configuring) inboundPorts(name, value string) {
 	list(pathInboundPorts, readInboundPorts).read(c, name, value)
 	in := &c.result.Config.Inbound
-	in.ExcludePorts = in.ExcludePorts.Union(c.added)
+	in.ExcludePorts = in.ExcludePorts.Union(c.added(in.ExcludePorts))
 }
 
 // gateway is whether the proxy is a gateway, to which nothing is to be redirected.

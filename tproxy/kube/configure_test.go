@@ -148,6 +148,12 @@ func TestConfigure(t *testing.T) {
 			c.Inbound.ExcludePorts = rules.MustPorts("8081,9001")
 			c.DNS.Redirect, c.DNS.CaptureAll = false, false
 		}},
+		{name: "a list that the injector has not looked at is replaced", env: global, annotations: map[string]string{
+			kube.KeyInboundPorts: "8080", kube.KeyConfig: `{"redirect":{"inbound":{"excludePorts":[8081,8082]}}}`,
+		}, want: func(c *tproxy.Config) {
+			c.Inbound.ExcludePorts = rules.MustPorts("8080,9001")
+			c.DNS.Redirect, c.DNS.CaptureAll = false, false
+		}},
 		{name: "an empty computed one is none", env: global, annotations: map[string]string{kube.KeyConfig: " "}, want: globally},
 		{name: "annotations that say nothing here", annotations: map[string]string{
 			"kubernetes.io/config.source": "api", "kuma.io/mesh": "default", kube.KeyInjected: "true", "traffic.sidecar.istio.io/excludeInboundPorts": "1",
@@ -383,25 +389,54 @@ func TestReadSettingsFaults(t *testing.T) {
 	}
 }
 
-// What kuma-init has from its files takes the place of the annotation, and says who the
-// proxy is where the environment does not.
-func TestWithComputed(t *testing.T) {
-	computed := kube.Computed{
-		Config: tproxy.Config{ProxyUIDs: []tproxy.UID{1234}, Inbound: tproxy.Inbound{Port: 16006, ExcludePorts: rules.MustPorts("8080,8081")}, Outbound: tproxy.Outbound{Port: 16001}},
-		From:   map[string]string{"kumaDPUser": "base.yaml:1", "redirect.inbound.port": "base.yaml:4", "redirect.outbound.port": "base.yaml:7"},
-	}
-	s := settings(t, map[string]string{"KUMA_RUNTIME_KUBERNETES_INJECTOR_SIDECAR_CONTAINER_REDIRECT_PORT_OUTBOUND": "17001"}).WithComputed(computed)
-	got, err := kube.Configure(map[string]string{kube.KeyConfig: "no JSON, and not read", kube.KeyConfigMap: "mine", kube.KeyUID: "5678", kube.KeyInboundPorts: "8080"}, s)
+// What kuma-init has from its files is over the settings, and says who the proxy is where
+// the environment does not.
+func TestWithConfig(t *testing.T) {
+	files := tproxy.Config{ProxyUIDs: []tproxy.UID{1234}, Inbound: tproxy.Inbound{Port: 16006, ExcludePorts: rules.MustPorts("8080,8081")}, Outbound: tproxy.Outbound{Port: 16001}}
+	from := map[string]string{"kumaDPUser": "base.yaml:1", "redirect.inbound.port": "base.yaml:4", "redirect.outbound.port": "base.yaml:7",
+		"redirect.inbound.excludePorts": "base.yaml:9", "redirect.outbound.excludePorts": "base.yaml:10", "redirect.dns.enabled": "custom.yaml:3"}
+	s := settings(t, map[string]string{
+		"KUMA_RUNTIME_KUBERNETES_INJECTOR_SIDECAR_CONTAINER_REDIRECT_PORT_OUTBOUND": "17001",
+		traffic + "EXCLUDE_INBOUND_PORTS":                                           "1111",
+		traffic + "EXCLUDE_OUTBOUND_PORTS":                                          "2222",
+		traffic + "EXCLUDE_OUTBOUND_IPS":                                            "10.0.0.1",
+	})
+	before := fmt.Sprint(s)
+	s, err := s.WithConfig(files, from)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := tproxy.Config{ProxyUIDs: []tproxy.UID{1234}, Inbound: tproxy.Inbound{Port: 16006, ExcludePorts: rules.MustPorts("8080,8081,9001")}, Outbound: tproxy.Outbound{Port: 17001}, DNS: tproxy.DNS{Port: 15053}, Pod: true}
+	got, err := kube.Configure(map[string]string{kube.KeyUID: "5678"}, s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := tproxy.Config{ProxyUIDs: []tproxy.UID{1234}, Inbound: tproxy.Inbound{Port: 16006, ExcludePorts: rules.MustPorts("8080,8081,9001")},
+		Outbound: tproxy.Outbound{Port: 17001, ExcludePorts: rules.MustPorts("2222"), ExcludeIPs: must(tproxy.ParsePrefixes("10.0.0.1"))}, DNS: tproxy.DNS{Port: 15053}, Pod: true}
 	if d := cmp.Diff(text(t, want), text(t, got.Config)); d != "" {
 		t.Errorf("-want +got\n%s", d)
 	}
 	if d := cmp.Diff(`[base.yaml:7: redirect.outbound.port: "16001" is not used: the control plane says 17001 (KUMA_RUNTIME_KUBERNETES_INJECTOR_SIDECAR_CONTAINER_REDIRECT_PORT_OUTBOUND) `+
 		`kuma.io/sidecar-uid: "5678" is not used: the control plane says 1234 (base.yaml:1)]`, fmt.Sprint(got.Conflicts)); d != "" {
 		t.Errorf("-want +got\n%s", d)
+	}
+	for path, name := range map[string]string{"kumaDPUser": "base.yaml:1", "redirect.inbound.excludePorts": "base.yaml:9", "redirect.dns.enabled": "custom.yaml:3",
+		"redirect.outbound.excludePorts": traffic + "EXCLUDE_OUTBOUND_PORTS"} {
+		if got.Sources[path] != (kube.Source{By: kube.ByControlPlane, Name: name}) {
+			t.Errorf("%s is from %s", path, got.Sources[path])
+		}
+	}
+	// The settings before are as they were.
+	again := settings(t, map[string]string{
+		"KUMA_RUNTIME_KUBERNETES_INJECTOR_SIDECAR_CONTAINER_REDIRECT_PORT_OUTBOUND": "17001",
+		traffic + "EXCLUDE_INBOUND_PORTS":                                           "1111",
+		traffic + "EXCLUDE_OUTBOUND_PORTS":                                          "2222",
+		traffic + "EXCLUDE_OUTBOUND_IPS":                                            "10.0.0.1",
+	})
+	if fmt.Sprint(again) != before {
+		t.Error("the settings have changed")
+	}
+	if _, err := s.WithConfig(tproxy.Config{Inbound: tproxy.Inbound{Port: 15001}}, nil); err == nil {
+		t.Error("a Config that is not valid is accepted")
 	}
 }
 
