@@ -241,12 +241,14 @@ func (c *configuring) always() {
 
 // unsupported refuses what only Kuma's rules can do.
 func (c *configuring) unsupported() {
-	for path, on := range map[string]bool{pathDrop: c.drop, pathLog: c.log} {
-		if !on {
-			continue
+	for _, m := range []struct {
+		path string
+		on   bool
+	}{{pathDrop, c.drop}, {pathLog, c.log}} {
+		if m.on {
+			c.fault(tproxy.ConfigFault{Source: c.result.Sources[m.path].Name, Path: m.path, Value: "true",
+				What: "is known, not supported yet", Accepted: "the default, false", NotYet: true})
 		}
-		c.fault(tproxy.ConfigFault{Source: c.result.Sources[path].Name, Path: path, Value: "true",
-			What: "is known, not supported yet", Accepted: "the default, false", NotYet: true})
 	}
 }
 
