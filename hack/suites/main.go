@@ -71,7 +71,7 @@ func run(names []string, verbose bool, args []string) (ok bool, err error) {
 	if left := notIn(names, tests); left != "" {
 		flags = append(flags, "-skip="+left)
 	}
-	cmd := osexec.Command("go", slices.Concat(flags, args, []string{"./...", "./cli/..."})...)
+	cmd := osexec.Command("go", slices.Concat(flags, args, []string{"./...", "./cli/...", "./examples/kubernetes/..."})...)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
