@@ -272,6 +272,9 @@ func (t *transaction) underLock(ctx context.Context, ipv6 bool, find func() ([]j
 		return err
 	}
 	rec := tproxy.Record{Version: t.recorded}
+	if i, err := t.savedHere(); err == nil && i != nil {
+		rec.PassthroughAddressOurs = i.PassthroughAddressOurs
+	}
 	for i := range jobs {
 		if err := ctx.Err(); err != nil {
 			return err

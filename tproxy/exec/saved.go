@@ -3,7 +3,9 @@ package exec
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"slices"
 
@@ -30,6 +32,9 @@ type savedInstall struct {
 	Nameservers []netip.Addr    `json:"nameservers,omitempty"`
 	Resolvers   []savedResolver `json:"resolvers,omitempty"`
 	Split       tproxy.Split    `json:"split,omitempty"`
+	// PassthroughAddressOurs is whether we put ::6 on lo. A firewall that flushes takes the
+	// record of that away, and not the address.
+	PassthroughAddressOurs bool `json:"passthroughAddressOurs,omitempty"`
 	// Stores are by what it comes back.
 	Stores []tproxy.Persist `json:"stores"`
 }
@@ -42,9 +47,9 @@ type savedResolver struct {
 }
 
 // savedOf is a plan as it is kept.
-func savedOf(p *tproxy.Plan) savedInstall {
+func savedOf(p *tproxy.Plan, rec tproxy.Record) savedInstall {
 	s := savedInstall{Version: savedVersion, Config: p.Config, Backend: p.Backend.String(), Pod: p.Host.Pod,
-		Nameservers: p.Host.Nameservers, Split: p.Host.Nameserver.Split, Stores: p.Stores()}
+		Nameservers: p.Host.Nameservers, Split: p.Host.Nameserver.Split, Stores: p.Stores(), PassthroughAddressOurs: rec.PassthroughAddressOurs}
 	for _, r := range p.Host.LocalResolvers {
 		s.Resolvers = append(s.Resolvers, savedResolver{r.Address, r.UID, r.Program, r.Untold})
 	}
@@ -65,6 +70,25 @@ func readSaved(text []byte) (i savedInstall, err error) {
 		return i, fmt.Errorf("version %d of the form: accepted is %d; install again with this version, or uninstall", i.Version, savedVersion)
 	}
 	return i, nil
+}
+
+// savedHere reads what is saved for this network namespace; nil where nothing is.
+func (s *session) savedHere() (*savedInstall, error) {
+	if _, elsewhere := s.m.systemd(); elsewhere != "" {
+		return nil, nil
+	}
+	text, err := s.m.disk().ReadFile(savedName, maxStored)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	var i savedInstall
+	if err == nil {
+		i, err = readSaved(text)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", savedName, err)
+	}
+	return &i, nil
 }
 
 // planOf makes the plan again, on the host as it is now.

@@ -20,7 +20,7 @@ const namesScript = storeDir + "/names.sh"
 
 // scripts are what a unit loads where there is no program of ours, and the commands that
 // do it.
-func (s *session) scripts(p *tproxy.Plan, service, names *persist.Service) (out []storedFile, err error) {
+func (s *session) scripts(p *tproxy.Plan, rec tproxy.Record, service, names *persist.Service) (out []storedFile, err error) {
 	need := func(name string) (path string) {
 		path, _ = s.m.find(name)
 		if path == "" && err == nil {
@@ -39,7 +39,7 @@ func (s *session) scripts(p *tproxy.Plan, service, names *persist.Service) (out 
 			service.Commands = append(service.Commands, []string{need("ip"), "-6", "address", "replace", hostPrefix(v6).String(), "dev", "lo"})
 		}
 		name, programs := scriptName(f), v.For(f)
-		out = append(out, newFile(name, p.WithRecord(tproxy.Record{Version: s.recorded, PassthroughAddressOurs: len(p.Families) > 1}).IPTables(f)))
+		out = append(out, newFile(name, p.WithRecord(rec).IPTables(f)))
 		// What stands already is not loaded twice: the jumps would be there twice.
 		service.Commands = append(service.Commands, []string{sh, "-c",
 			fmt.Sprintf("%s -t nat | grep -q '^:%s ' || exec %s --noflush --wait=%d <%s", quoted(programs.Save), record, quoted(programs.Restore), wait, name)})

@@ -120,7 +120,7 @@ func (s *session) dropStored(by tproxy.Persist) (hostChange, error) {
 	if by == tproxy.PersistFirewalld {
 		return s.direct(rules.Set{})
 	}
-	return s.unit(nil)
+	return s.unit(nil, tproxy.Record{})
 }
 
 // storedFile is a file that an install is kept in: a text, or a symbolic link.
@@ -382,7 +382,7 @@ func (t *transaction) lookAtStored(ctx context.Context, rec tproxy.Record) error
 				err = t.tryDirect(ctx, t.plan.WithRecord(rec))
 			}
 		case wanted:
-			c, err = t.unit(t.plan)
+			c, err = t.unit(t.plan, rec)
 		case by == tproxy.PersistSystemd && elsewhere != "", by == tproxy.PersistFirewalld && !t.directHere(told):
 			continue
 		default:

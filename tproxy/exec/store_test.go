@@ -382,7 +382,9 @@ func TestStoreScripts(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := m.mustStore(t, tproxy.Config{})
-	if !slices.ContainsFunc(r.Notes, func(n string) bool { return strings.Contains(n, "/usr/local/bin, with mode 0777, can be changed by others") }) {
+	if !slices.ContainsFunc(r.Notes, func(n string) bool {
+		return strings.Contains(n, "/usr/local/bin, with mode 0777, can be changed by others")
+	}) {
 		t.Errorf("%q", r.Notes)
 	}
 	unit := m.text(t, "etc/systemd/system/"+persist.UnitName)
@@ -518,6 +520,25 @@ func TestBringBack(t *testing.T) {
 		t.Fatalf("%+v, %v", r, err)
 	}
 	sameText(t, "brought back", want, b.all())
+
+	// A firewall flushes the rules, and ::6 stays: it is still ours.
+	fresh := newFakeMachine(t)
+	fresh.populate(t)
+	m.netfilter = fresh.netfilter
+	if r, err := m.runner().BringBack(t.Context()); err != nil || !r.Changed {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	sameText(t, "brought back after a flush", want, m.all())
+	fresh = newFakeMachine(t)
+	fresh.populate(t)
+	m.netfilter = fresh.netfilter
+	tree := m.tree(t)
+	if _, err := m.runner().Remove(t.Context(), RemoveOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	sameText(t, "uninstalled after a flush", empty, m.all())
+	m.mustStore(t, c)
+	sameText(t, "installed again", tree, m.tree(t))
 
 	// By whoever installs at the moment: then it is looked at alone.
 	b = boot()

@@ -366,7 +366,7 @@ func (t *transaction) startTrial(ctx context.Context, before *Snapshot, o TrialO
 			err = errors.Join(err, t.removeState(trialKind, beforeKind, keepKind))
 		}
 	}()
-	if err := t.writeState(keepKind, savedOf(t.plan)); err != nil {
+	if err := t.writeState(keepKind, savedOf(t.plan, tproxy.Record{})); err != nil {
 		return nil, err
 	}
 	if err := t.writeState(trialKind, f); err != nil {

@@ -2,9 +2,7 @@ package exec
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"path"
 	"slices"
 	"strings"
@@ -50,11 +48,11 @@ const bootTarget = "multi-user.target"
 
 // unit is the change by which systemd brings a plan's install back; nil takes out what
 // brings any back.
-func (s *session) unit(p *tproxy.Plan) (hostChange, error) {
+func (s *session) unit(p *tproxy.Plan, rec tproxy.Record) (hostChange, error) {
 	want := map[string]storedFile{}
 	c := hostChange{do: "no unit " + persist.UnitName, undo: "the unit " + persist.UnitName + " as it was"}
 	if p != nil {
-		files, by, notes, err := s.wanted(p)
+		files, by, notes, err := s.wanted(p, rec)
 		if err != nil {
 			return hostChange{}, err
 		}
@@ -174,8 +172,8 @@ func (s *session) unitOurs(f storedFile) bool {
 
 // wanted are the files by which systemd brings a plan's install back, and in words what
 // it runs.
-func (s *session) wanted(p *tproxy.Plan) (out []storedFile, by string, notes []string, err error) {
-	text, err := savedOf(p).text()
+func (s *session) wanted(p *tproxy.Plan, rec tproxy.Record) (out []storedFile, by string, notes []string, err error) {
+	text, err := savedOf(p, rec).text()
 	if err != nil {
 		return nil, "", nil, err
 	}
@@ -198,7 +196,7 @@ func (s *session) wanted(p *tproxy.Plan) (out []storedFile, by string, notes []s
 		if len(program) > 0 {
 			notes = append(notes, "at boot saved scripts are loaded, and not by the program that installs: "+why)
 		}
-		scripts, err := s.scripts(p, &service, &names)
+		scripts, err := s.scripts(p, rec, &service, &names)
 		if err != nil {
 			return nil, "", nil, err
 		}
@@ -392,20 +390,16 @@ func (r *Runner) bringBack(ctx context.Context, do func(*session, *tproxy.Plan, 
 			return t.report, nil
 		}
 	}
-	text, err := s.m.disk().ReadFile(savedName, maxStored)
-	if errors.Is(err, fs.ErrNotExist) {
+	i, err := s.savedHere()
+	if err != nil {
+		return nil, err
+	}
+	if i == nil {
 		t.report.Notes = append(t.report.Notes, "nothing is saved in "+savedName+": there is nothing to bring back")
 		return t.report, nil
 	}
-	var i savedInstall
-	if err == nil {
-		i, err = readSaved(text)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", savedName, err)
-	}
 	s.patient(i.Config)
-	p, err := s.planOf(ctx, i)
+	p, err := s.planOf(ctx, *i)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", savedName, err)
 	}
