@@ -66,7 +66,7 @@ func (i Image) cached(ctx context.Context, outside string) (string, error) {
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return "", err
 	}
-	key := sha256.Sum256([]byte(fmt.Sprintf("1 %s %q %q", i.Suite, i.Packages, i.Later)))
+	key := sha256.Sum256(fmt.Appendf(nil, "1 %s %q %q", i.Suite, i.Packages, i.Later))
 	root := filepath.Join(cache, i.Suite+"-"+hex.EncodeToString(key[:6]))
 	lock, err := os.OpenFile(root+".lock", os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {

@@ -121,7 +121,7 @@ busctl --auto-start=no get-property org.fedoraproject.FirewallD1 /org/fedoraproj
 while [ -n "$(systemctl list-jobs --no-legend)" ]; do sleep .05; done`
 
 // backWithin is how long it may take until all rules are there again. On two cores with
-// seventeen that want to run, 5.6 s was the longest.
+// eighteen that want to run, 7.8 s was the longest.
 const backWithin = 30 * time.Second
 
 // comesBack runs a script, and says when rules are there again.

@@ -102,8 +102,10 @@ func Unit(file []byte, s Service) ([]byte, error) {
 	w.line("Conflicts=shutdown.target")
 	w.line("Wants=network-pre.target")
 	w.line("Before=network-pre.target shutdown.target")
-	// IPv6 may be switched off by sysctl.d(5).
-	w.line("After=local-fs.target systemd-sysctl.service")
+	// IPv6 may be switched off by sysctl.d(5). And what empties /tmp at a boot would take
+	// away the folder there in which systemd makes the /dev of PrivateDevices= (mount_private_dev
+	// in its core/namespace.c), while it does: "Failed to set up mount namespacing".
+	w.line("After=local-fs.target systemd-sysctl.service systemd-tmpfiles-setup.service")
 	w.line("# These flush rules when they start, stop or reload. PartOf= would not do: firewalld conflicts")
 	w.line("# with others of them, and its start would stop us. A drop-in of theirs restarts ours.")
 	w.line("After=" + loaders)
