@@ -250,7 +250,7 @@ func (s *session) makeFolder(name string) error {
 
 // removeFolder removes one that an install makes, once it is empty.
 func (s *session) removeFolder(name string) {
-	if name == storeDir || strings.HasSuffix(name, ".service.d") || strings.HasSuffix(name, ".service.wants") {
+	if name == storeDir || strings.HasSuffix(name, ".service.d") {
 		_ = s.m.disk().RemoveFolder(name) // it is not empty
 	}
 }

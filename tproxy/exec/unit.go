@@ -14,9 +14,8 @@ import (
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
-// wants is the folder whose links have systemd start what they lead to, with the unit
-// that it is named after (systemd.unit(5)).
-func wants(of, unit string) string { return unitFolder + "/" + of + ".wants/" + unit }
+// wants is the link that has systemd start a unit at boot (systemd.unit(5)).
+func wants(unit string) string { return unitFolder + "/multi-user.target.wants/" + unit }
 
 // unitPath is where a unit of ours stands.
 func unitPath(unit string) string { return unitFolder + "/" + unit }
@@ -24,10 +23,11 @@ func unitPath(unit string) string { return unitFolder + "/" + unit }
 // The folders in which systemd looks for units (systemd.unit(5)).
 var unitFolders = []string{unitFolder, "/run/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"}
 
-// loaders are those of persist.Loaders that are on this host.
+// loaders are those of persist.Loaders that are on this host, and firewalld, which is
+// installed on one some day.
 func (s *session) loaders() []string {
 	return slices.DeleteFunc(persist.Loaders(), func(l string) bool {
-		return !slices.ContainsFunc(unitFolders, func(f string) bool {
+		return l != "firewalld.service" && !slices.ContainsFunc(unitFolders, func(f string) bool {
 			_, err := s.m.disk().Lstat(path.Join(f, l))
 			return err == nil
 		})
@@ -39,12 +39,10 @@ func (s *session) loaders() []string {
 func unitFiles() []string {
 	names := []string{savedName, scriptName(rules.IPv4), scriptName(rules.IPv6), namesScript, unitPath(persist.UnitName), unitPath(persist.NamesUnitName)}
 	for _, l := range persist.Loaders() {
-		names = append(names, unitFolder+"/"+l+".d/"+persist.DropInName, wants(l, persist.UnitName))
+		names = append(names, unitFolder+"/"+l+".d/"+persist.DropInName)
 	}
-	return append(names, wants(bootTarget, persist.NamesUnitName), wants(bootTarget, persist.UnitName))
+	return append(names, wants(persist.NamesUnitName), wants(persist.UnitName))
 }
-
-const bootTarget = "multi-user.target"
 
 // unit is the change by which systemd brings a plan's install back; nil takes out what
 // brings any back.
@@ -225,12 +223,12 @@ func (s *session) units(service, names persist.Service, split bool) (out []store
 		if text, err = persist.DropIn(nil); err != nil {
 			return nil, err
 		}
-		out = append(out, newFile(unitFolder+"/"+l+".d/"+persist.DropInName, text), newLink(wants(l, persist.UnitName), unitPath(persist.UnitName)))
+		out = append(out, newFile(unitFolder+"/"+l+".d/"+persist.DropInName, text))
 	}
 	if split {
-		out = append(out, newLink(wants(bootTarget, persist.NamesUnitName), unitPath(persist.NamesUnitName)))
+		out = append(out, newLink(wants(persist.NamesUnitName), unitPath(persist.NamesUnitName)))
 	}
-	return append(out, newLink(wants(bootTarget, persist.UnitName), unitPath(persist.UnitName))), nil
+	return append(out, newLink(wants(persist.UnitName), unitPath(persist.UnitName))), nil
 }
 
 // unstable is the reason for which a unit that runs as root must not run the program that
