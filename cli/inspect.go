@@ -114,6 +114,7 @@ type statusJSON struct {
 	Families []string       `json:"families"`
 	Version  string         `json:"version,omitempty"`
 	Config   *tproxy.Config `json:"config,omitempty"`
+	persistJSON
 	Drift    []driftJSON    `json:"drift"`
 	Reasons  []string       `json:"reasons"` // why something cannot be told
 	Counters countersJSON   `json:"counters"`
@@ -157,6 +158,9 @@ func statusOf(s *exec.Status) statusJSON {
 		Drift: driftsOf(s.Drift), Reasons: distinct(s.Reasons), Notes: distinct(s.Notes)}
 	if s.Backend != tproxy.Auto {
 		out.Backend = s.Backend.String()
+	}
+	if s.Persist != tproxy.PersistAuto {
+		out.persistJSON = persistJSON{s.Persist.String(), s.PersistWhy}
 	}
 	for _, f := range s.Families {
 		out.Families = append(out.Families, f.String())
@@ -207,6 +211,9 @@ func printStatus(w io.Writer, s *exec.Status) error {
 	}
 	if s.Config != nil {
 		p.settings(*s.Config)
+	}
+	if s.Persist == tproxy.PersistSystemd || s.Persist == tproxy.PersistFirewalld {
+		p.linef("After a restart: comes back by %s (%s)", s.Persist, s.PersistWhy)
 	}
 	for _, d := range s.Drift {
 		p.linef("%s", d)

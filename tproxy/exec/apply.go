@@ -271,9 +271,11 @@ func (t *transaction) underLock(ctx context.Context, ipv6 bool, find func() ([]j
 	if err != nil {
 		return err
 	}
-	rec := tproxy.Record{Version: t.recorded}
-	if i, err := t.savedHere(); err == nil && i != nil {
-		rec.PassthroughAddressOurs = i.PassthroughAddressOurs
+	rec := tproxy.Record{Version: t.recorded, PassthroughAddressOurs: t.rec.PassthroughAddressOurs}
+	if !t.leaveStored {
+		if i, err := t.savedHere(); err == nil && i != nil {
+			rec.PassthroughAddressOurs = i.PassthroughAddressOurs
+		}
 	}
 	for i := range jobs {
 		if err := ctx.Err(); err != nil {

@@ -77,6 +77,11 @@ func (s *session) savedHere() (*savedInstall, error) {
 	if _, elsewhere := s.m.systemd(); elsewhere != "" {
 		return nil, nil
 	}
+	return s.saved()
+}
+
+// saved reads what is saved; nil where nothing is.
+func (s *session) saved() (*savedInstall, error) {
 	text, err := s.m.disk().ReadFile(savedName, maxStored)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil

@@ -43,6 +43,10 @@ type Status struct {
 	// Config is what was installed, as tproxy.Plan.Config has it; nil where that is not
 	// known.
 	Config *tproxy.Config
+	// Persist is by what it comes back after a restart, for the reason PersistWhy;
+	// tproxy.PersistAuto where that is not known, and while it waits to be confirmed.
+	Persist    tproxy.Persist
+	PersistWhy string
 	Drift  []tproxy.Drift
 	// Reasons are those for which something cannot be told.
 	Reasons []string
@@ -320,6 +324,7 @@ func (l *looker) stored(ctx context.Context, plan *tproxy.Plan) {
 		l.drift(tproxy.Drift{Kind: tproxy.DriftStored, Why: err.Error()})
 		return
 	}
+	l.Persist, l.PersistWhy = p.Persist, p.PersistWhy
 	p.Config = *l.Config // as the record has it
 	l.anyUnit = true
 	t := transaction{session: l.session, plan: p, report: &Report{Before: l.found}, dryRun: true}

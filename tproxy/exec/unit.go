@@ -388,11 +388,14 @@ func (r *Runner) bringBack(ctx context.Context, do func(*session, *tproxy.Plan, 
 			return t.report, nil
 		}
 	}
-	i, err := s.savedHere()
+	i, err := s.saved() // of the unit's own files, whose they are it could not tell in its sandbox
 	if err != nil {
 		return nil, err
 	}
-	if i == nil {
+	switch {
+	case i == nil && t.lookOnly:
+		return nil, fmt.Errorf("nothing is saved in %s", savedName)
+	case i == nil:
 		t.report.Notes = append(t.report.Notes, "nothing is saved in "+savedName+": there is nothing to bring back")
 		return t.report, nil
 	}
@@ -401,6 +404,7 @@ func (r *Runner) bringBack(ctx context.Context, do func(*session, *tproxy.Plan, 
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", savedName, err)
 	}
+	t.rec.PassthroughAddressOurs = i.PassthroughAddressOurs
 	t.report.Backend, t.report.Why, t.bare = p.Backend, p.BackendWhy, p.Config.DisableComments
 	if err := do(s, p, t); err != nil {
 		return nil, err
