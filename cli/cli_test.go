@@ -327,6 +327,9 @@ func (f fake) Status(ctx context.Context) (*exec.Status, error) {
 			{Family: rules.IPv4, Table: rules.NAT, Chain: "KUMA_MESH_INBOUND", Index: 1, Verdict: "excluded", Why: "SSH is protected", Packets: 2, Bytes: 120},
 		}
 	}
+	if os.Getenv("PERSISTENCE") != "" && i != nil {
+		s.Persist, s.PersistWhy = tproxy.PersistSystemd, "systemd is process 1"
+	}
 	switch s.State {
 	case exec.StateDrifted:
 		s.Drift = []tproxy.Drift{

@@ -115,10 +115,10 @@ type statusJSON struct {
 	Version  string         `json:"version,omitempty"`
 	Config   *tproxy.Config `json:"config,omitempty"`
 	persistJSON
-	Drift    []driftJSON    `json:"drift"`
-	Reasons  []string       `json:"reasons"` // why something cannot be told
-	Counters countersJSON   `json:"counters"`
-	Notes    []string       `json:"notes"`
+	Drift    []driftJSON  `json:"drift"`
+	Reasons  []string     `json:"reasons"` // why something cannot be told
+	Counters countersJSON `json:"counters"`
+	Notes    []string     `json:"notes"`
 }
 
 type driftJSON struct {

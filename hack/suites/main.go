@@ -67,7 +67,7 @@ func run(names []string, verbose bool, args []string) (ok bool, err error) {
 		return false, err
 	}
 	start := time.Now()
-	flags := []string{"test", "-json", "-count=1", "-timeout=25m"}
+	flags := []string{"test", "-json", "-count=1", "-timeout=40m"}
 	if left := notIn(names, tests); left != "" {
 		flags = append(flags, "-skip="+left)
 	}

@@ -47,7 +47,7 @@ type Status struct {
 	// tproxy.PersistAuto where that is not known, and while it waits to be confirmed.
 	Persist    tproxy.Persist
 	PersistWhy string
-	Drift  []tproxy.Drift
+	Drift      []tproxy.Drift
 	// Reasons are those for which something cannot be told.
 	Reasons []string
 	// Counters are of every rule of ours, in order.
