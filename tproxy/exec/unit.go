@@ -47,91 +47,121 @@ func unitFiles() []string {
 // unit is the change by which systemd brings a plan's install back; nil takes out what
 // brings any back.
 func (s *session) unit(p *tproxy.Plan, rec tproxy.Record) (hostChange, error) {
-	want := map[string]storedFile{}
-	c := hostChange{do: "no unit " + persist.UnitName, undo: "the unit " + persist.UnitName + " as it was"}
+	u := unitChange{session: s, plan: p}
+	c := hostChange{do: "no unit " + persist.UnitName}
+	var want []storedFile
 	if p != nil {
 		files, by, notes, err := s.wanted(p, rec)
 		if err != nil {
 			return hostChange{}, err
 		}
-		for _, f := range files {
-			want[f.path] = f
-		}
-		c.do, c.notes = fmt.Sprintf("the unit %s, which runs %s at boot", persist.UnitName, by), notes
+		want, c.do, c.notes = files, fmt.Sprintf("the unit %s, which runs %s at boot", persist.UnitName, by), notes
 	}
-	var was, is []storedFile
+	if err := u.compare(want); err != nil {
+		return hostChange{}, err
+	}
+	c.nothing = len(u.is) == 0 && !(p == nil && s.halfDone(unitFiles()...))
+	c.undo = "no unit " + persist.UnitName
+	if u.former = p == nil || slices.ContainsFunc(u.was, storedFile.there); u.former {
+		c.undo = "the unit " + persist.UnitName + " as it was"
+	}
+	c.run, c.back = u.run, u.back
+	return c, nil
+}
+
+// unitChange is what is to become of the files of the unit.
+type unitChange struct {
+	*session
+	plan    *tproxy.Plan // nil for none
+	was, is []storedFile // those that differ
+	former  bool         // whether there was one
+	done    int          // of the files
+}
+
+// compare finds the files that are not as they are wanted, in the order in which they are
+// to be made, or taken away.
+func (u *unitChange) compare(files []storedFile) error {
+	want := map[string]storedFile{}
+	for _, f := range files {
+		want[f.path] = f
+	}
 	for _, name := range unitFiles() {
-		now, err := s.readStored(name)
-		if err != nil {
-			if _, wanted := want[name]; !wanted {
-				continue
-			}
-			return hostChange{}, err
-		}
 		f, wanted := want[name]
 		if !wanted {
 			f = storedFile{path: name}
 		}
-		if s.anyUnit && isProgrammed(name) {
+		now, err := u.readStored(name)
+		switch {
+		case err != nil && wanted:
+			return err
+		case err != nil:
+			continue // it is nothing that we have made
+		case !u.unitOurs(now) && wanted:
+			return &dns.FileError{Path: name, What: "is there and is not ours", Remedy: "give it another name, or choose another way with --persist"}
+		case !u.unitOurs(now), now.same(f):
+			continue
+		case u.anyUnit && isProgrammed(name):
 			_, wanted = want[unitPath(path.Base(name))]
-			if strings.HasPrefix(name, storeDir+"/") || wanted == now.there() {
+			if strings.HasPrefix(name, storeDir+"/") || wanted && now.there() {
 				continue // by whichever program
 			}
 		}
-		if ours := s.unitOurs(now); !ours && wanted {
-			return hostChange{}, &dns.FileError{Path: name, What: "is there and is not ours", Remedy: "give it another name, or choose another way with --persist"}
-		} else if !ours {
-			continue
-		}
-		if now.same(f) && wanted || !now.there() && !wanted {
-			continue
-		}
-		was, is = append(was, now), append(is, f)
+		u.was, u.is = append(u.was, now), append(u.is, f)
 	}
-	c.nothing = len(is) == 0 && !(p == nil && s.halfDone(unitFiles()...))
-	if p == nil {
-		slices.Reverse(was)
-		slices.Reverse(is)
-	} else {
-		c.undo = "no unit " + persist.UnitName
-		if slices.ContainsFunc(was, storedFile.there) {
-			c.undo = "the unit " + persist.UnitName + " as it was"
+	if u.plan == nil {
+		slices.Reverse(u.was)
+		slices.Reverse(u.is)
+	}
+	return nil
+}
+
+// run makes the files what they are to be, and tells systemd.
+func (u *unitChange) run(ctx context.Context) (err error) {
+	for _, f := range u.is {
+		if name := path.Base(f.path); !f.there() && f.path == unitPath(name) {
+			u.quietly(ctx, "stop", name) // it would stay active without its file
 		}
 	}
-	done := 0
-	c.run = func(ctx context.Context) (err error) {
-		if p == nil {
-			s.quietly(ctx, "stop", persist.UnitName, persist.NamesUnitName)
-		}
-		if done, err = s.putAll(was, is); err != nil {
-			return err
-		}
-		if p == nil {
-			s.sweep()
-			s.quietly(ctx, "daemon-reload")
-			s.quietly(ctx, "reset-failed", persist.UnitName, persist.NamesUnitName)
-			return nil
-		}
-		if err := s.tell(ctx, "systemctl", "daemon-reload"); err != nil {
-			return err
-		}
-		return s.startUnit(ctx, p)
-	}
-	c.back = func(ctx context.Context) error {
-		n := min(done+1, len(is)) // the one that failed too
-		back, then := slices.Clone(is[:n]), slices.Clone(was[:n])
-		slices.Reverse(back)
-		slices.Reverse(then)
-		for i := range back { // what was not done is as it was
-			if now, err := s.readStored(back[i].path); err == nil {
-				back[i] = now
-			}
-		}
-		_, err := s.putAll(back, then)
-		s.quietly(ctx, "daemon-reload")
+	if u.done, err = u.putAll(u.was, u.is); err != nil {
 		return err
 	}
-	return c, nil
+	if u.plan == nil {
+		u.sweep()
+		u.forget(ctx)
+		return nil
+	}
+	if err := u.tell(ctx, "systemctl", "daemon-reload"); err != nil {
+		return err
+	}
+	return u.startUnit(ctx, u.plan)
+}
+
+// forget has systemd know no more of the units than their files say.
+func (u *unitChange) forget(ctx context.Context) {
+	u.quietly(ctx, "daemon-reload")
+	u.quietly(ctx, "reset-failed", persist.UnitName, persist.NamesUnitName)
+}
+
+// back takes back what run has done, however far it came.
+func (u *unitChange) back(ctx context.Context) error {
+	n := min(u.done+1, len(u.is)) // the one that failed too
+	now, then := slices.Clone(u.is[:n]), slices.Clone(u.was[:n])
+	slices.Reverse(now)
+	slices.Reverse(then)
+	for i := range now {
+		if f, err := u.readStored(now[i].path); err == nil {
+			now[i] = f
+		}
+	}
+	if !u.former {
+		u.quietly(ctx, "stop", persist.UnitName)
+	}
+	_, err := u.putAll(now, then)
+	u.forget(ctx)
+	if u.former { // it has been stopped, or has failed; it waits for us
+		u.quietly(ctx, "--no-block", "restart", persist.UnitName)
+	}
+	return err
 }
 
 // sweep takes away what a run that was killed left.
