@@ -247,7 +247,7 @@ func (h *fakeHost) foreignTables() ([]string, error)        { return nil, nil }
 func (h *fakeHost) ipv6Off() (bool, string, error)          { return false, "", nil }
 func (h *fakeHost) localAddresses() ([]netip.Prefix, error) { return nil, nil }
 func (h *fakeHost) hasAddress(a netip.Addr) (bool, error)   { return h.addresses[hostPrefix(a)], nil }
-func (h *fakeHost) lockHolder() (int, string, bool)         { return 77, h.holder, h.holder != "" }
+func (h *fakeHost) lockHolder(string) (int, string, bool)         { return 77, h.holder, h.holder != "" }
 func (h *fakeHost) privileged() error                       { return nil }
 func (h *fakeHost) procs() procfs.FS {
 	return procfs.FS{Root: h.proc, FileRoot: h.proc, UnitDirs: []string{}}
