@@ -10,3 +10,9 @@ require (
 	golang.org/x/sys v0.26.0
 	pgregory.net/rapid v1.3.0
 )
+
+require (
+	github.com/coreos/go-iptables v0.8.0 // indirect
+	github.com/vishvananda/netns v0.0.4 // indirect
+)
+

@@ -303,11 +303,11 @@ func (system) send(uid uint32, to netip.AddrPort) (netip.AddrPort, error) {
 
 func (system) routeTo(a netip.Addr) (kernel.Route, error) { return kernel.RouteTo(a) }
 
-func (system) ipv6Off() (bool, string, error)             { return kernel.IPv6Off() }
-func (system) hasAddress(a netip.Addr) (bool, error)      { return kernel.HasLoopbackAddress(a) }
-func (system) addAddress(p netip.Prefix) (bool, error)    { return kernel.AddLoopbackAddress(p) }
-func (system) delAddress(p netip.Prefix) (bool, error)    { return kernel.DelLoopbackAddress(p) }
-func (system) localAddresses() ([]netip.Prefix, error)    { return kernel.LocalAddresses() }
+func (system) ipv6Off() (bool, string, error)          { return kernel.IPv6Off() }
+func (system) hasAddress(a netip.Addr) (bool, error)   { return kernel.HasLoopbackAddress(a) }
+func (system) addAddress(p netip.Prefix) (bool, error) { return kernel.AddLoopbackAddress(p) }
+func (system) delAddress(p netip.Prefix) (bool, error) { return kernel.DelLoopbackAddress(p) }
+func (system) localAddresses() ([]netip.Prefix, error) { return kernel.LocalAddresses() }
 func (system) lockHolder(file string) (pid int, comm string, _ bool) {
 	return kernel.XtablesLockHolder(file)
 }
