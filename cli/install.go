@@ -30,7 +30,9 @@ unasked.
 
 Each setting is a flag, else a variable KUMA_TRANSPARENT_PROXY_*, else a key of a
 file of --config, the last file first, else its default. Files and variables are
-those of Kuma; flags of its earlier versions say what to use instead.
+those of Kuma; flags of its earlier versions say what to use instead. In a pod, between
+flags and variables stand the pod's annotations, of the file of --pod-annotations, and
+below all files the settings of its control plane, KUMA_RUNTIME_KUBERNETES_*.
 
 Installing the same again changes nothing; another configuration replaces the rules
 in one step, whichever version installed them, Kuma's own too, and what differs is

@@ -24,6 +24,7 @@ func installFlags() []flagGroup {
 	return []flagGroup{
 		{"The configuration", []flag{
 			{"config", "", "`file` of YAML or JSON, - for standard input, or several with commas; repeatable"},
+			{podAnnotations, "", "`file` of the downward API with a pod's annotations, which win over the configuration"},
 			{"reuse-config", "false", "begin with the configuration that is installed here; files, variables and flags win over it"},
 		}},
 		{"The proxy", []flag{
@@ -174,12 +175,14 @@ func (p *parser) request(cmd *cobra.Command, o Options) (request, error) {
 	loaded := p.load(Loader{AllowUnknown: o.AllowUnknown, Environ: os.Environ(), Stdin: cmd.InOrStdin(), base: base}, p.each("config"))
 	r := request{run: p.run(loaded.Settings), config: loaded.Config, modifyIPTables: p.bool("modify-iptables"), requireProxy: p.bool("require-proxy"), version: o.Version, within: p.trial(), path: cmd.CommandPath()}
 	c := &r.config
+	kept := p.pod(c)
 	set(p, "kuma-dp-user", &c.ProxyUser, func(name string) string {
 		c.ProxyUIDs = nil
 		return p.text(name)
 	})
 	set(p, "ip-family-mode", &c.IPFamilyMode, p.ipFamilyMode)
 	p.inbound(&c.Inbound)
+	c.Inbound.ExcludePorts = c.Inbound.ExcludePorts.Union(kept)
 	p.outbound(&c.Outbound)
 	p.dns(&c.DNS)
 	set(p, "disable-comments", &c.DisableComments, p.bool)
@@ -228,6 +231,7 @@ func (p *parser) overridden() map[string]leaf {
 			out[f.key] = leaf{}
 		}
 	}
+	p.podModes(out)
 	dns := func(name string, value bool, paths ...string) {
 		for _, path := range paths {
 			out[path] = leaf{json: strconv.AppendBool(nil, value), from: "--" + name}

@@ -16,6 +16,7 @@ func Root(o Options) *cobra.Command {
 		root.Version = "unknown"
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
+	ownConfigFile(root)
 	install := group("install", "Install on this host")
 	install.AddCommand(InstallTransparentProxy(o))
 	uninstall := group("uninstall", "Take out what install put on this host")
@@ -26,6 +27,19 @@ func Root(o Options) *cobra.Command {
 	inspect.AddCommand(InspectTransparentProxy(o))
 	root.AddCommand(install, uninstall, inspect, explain)
 	return root
+}
+
+// ownConfigFile is the flag of Kuma's kumactl that says how it reaches a control plane.
+// Its injector gives it to containers of a pod, so it is accepted here, and not read.
+func ownConfigFile(root *cobra.Command) {
+	const name = "config-file"
+	root.PersistentFlags().String(name, "", "not read")
+	_ = root.PersistentFlags().MarkHidden(name) // it is there
+	root.PersistentPreRun = func(cmd *cobra.Command, _ []string) {
+		if cmd.Flags().Changed(name) {
+			cmd.PrintErrf("Note: --%s is not read: there is no control plane to reach; a file of the transparent proxy's configuration is named with --config\n", name)
+		}
+	}
 }
 
 // group returns a command that does nothing but hold others: alone it prints its

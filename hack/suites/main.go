@@ -73,7 +73,7 @@ func run(names []string, verbose bool, args []string) (ok bool, err error) {
 		flags = append(flags, "-skip="+left)
 	}
 	suites := map[string]suite{}
-	ok, err = goTest(osexec.Command("go", slices.Concat(flags, args, []string{"./...", "./cli/...", "./cni/..."})...), tests, suites, verbose)
+	ok, err = goTest(osexec.Command("go", slices.Concat(flags, args, []string{"./...", "./cli/...", "./cni/...", "./examples/kubernetes/..."})...), tests, suites, verbose)
 	if err != nil {
 		return false, err
 	}

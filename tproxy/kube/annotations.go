@@ -99,42 +99,35 @@ func mode(path string, of func(*configuring) *bool) steer {
 func theirs(path string) steer {
 	return steer{func(c *configuring, name, value string) {
 		if used := whose(c.settings.Config)[path]; strings.TrimSpace(value) != used {
-			c.conflict(name, path, value, used)
+			c.conflict(Conflict{name, path, value, used, c.settings.from(path)})
 		}
 	}}
 }
 
-func (c *configuring) conflict(name, path, value, used string) {
-	c.result.Conflicts = append(c.result.Conflicts, Conflict{name, path, value, used, c.settings.from(path)})
-}
+func (c *configuring) conflict(x Conflict) { c.result.Conflicts = append(c.result.Conflicts, x) }
 
 // workload is the name of a ConfigMap of the pod's own, which can be read with the API
 // server alone, or where it is mounted.
 func (c *configuring) workload(name, value string) {
-	if c.settings.Computed != nil || strings.TrimSpace(value) == "" {
+	if strings.TrimSpace(value) == "" {
 		return
 	}
 	c.fault(tproxy.ConfigFault{Source: name, Value: short(value), What: "names a ConfigMap that cannot be read here",
 		Accepted: "an init container, which has it mounted, or its keys in " + KeyConfig})
 }
 
-// inboundPorts is the pod's own list. Beside it stays what the injector has added to
-// the one that it computed, as for probes: it is there that the control plane's
-// list does not name.
+// inboundPorts is the pod's own list, beside which stays what the injector has added.
 func (c *configuring) inboundPorts(name, value string) {
 	list(pathInboundPorts, readInboundPorts).read(c, name, value)
 	in := &c.result.Config.Inbound
-	in.ExcludePorts = in.ExcludePorts.Union(c.added)
+	in.ExcludePorts = in.ExcludePorts.Union(c.added(in.ExcludePorts))
 }
 
 // gateway is whether the proxy is a gateway, to which nothing is to be redirected.
 func (c *configuring) gateway(name, value string) {
-	on, ok := readBool(value)
-	switch value {
-	case "enabled", "provided", "builtin":
+	on, ok := readEnabled(value)
+	if v := strings.TrimSpace(value); v == "provided" || v == "builtin" {
 		on, ok = true, true
-	case "disabled":
-		ok = true
 	}
 	if !ok {
 		c.fault(tproxy.ConfigFault{Source: name, Value: short(value), What: "is not accepted", Accepted: "enabled, provided, builtin or disabled"})
@@ -150,19 +143,19 @@ func (c *configuring) probePort(name, value string) {
 		found[i].Source = name
 	}
 	c.faults = append(c.faults, found...)
-	c.probeFrom = name
 }
 
 func (c *configuring) proxying(name, value string) {
 	if on, ok := readEnabled(value); !ok || !on {
-		c.conflict(name, "", value, "enabled")
+		c.conflict(Conflict{name, "", value, "enabled", "always"})
 	}
 }
 
 func (c *configuring) dns(name, value string) {
 	used := c.result.Config.DNS.On()
 	if on, ok := readEnabled(value); !ok || on != used {
-		c.conflict(name, pathDNS, value, map[bool]string{true: "enabled", false: "disabled"}[used])
+		words := map[bool]string{true: "enabled", false: "disabled"}
+		c.conflict(Conflict{name, pathDNS, value, words[used], c.result.Sources[pathDNS].String()})
 	}
 }
 
@@ -272,9 +265,16 @@ func bad(value, what, accepted string) []tproxy.ConfigFault {
 	return []tproxy.ConfigFault{{Value: short(value), What: what, Accepted: accepted}}
 }
 
+// mostFaults bounds what is said of one value, which can be as long as all annotations
+// of a pod: 256 KiB.
+const mostFaults = 20
+
 // unread makes a fault of each line of an error.
 func unread(value string, err error, accepted string) (out []tproxy.ConfigFault) {
 	for line := range strings.SplitSeq(err.Error(), "\n") {
+		if len(out) == mostFaults {
+			break // nobody reads on
+		}
 		out = append(out, tproxy.ConfigFault{Value: short(value), What: "cannot be read (" + short(line) + ")", Accepted: accepted})
 	}
 	return out

@@ -131,8 +131,7 @@ type configuring struct {
 	faults      []tproxy.ConfigFault
 	drop, log   bool // what only Kuma's rules can do
 	probe       uint16
-	probeFrom   string
-	added       rules.Ports // inbound ports that the injector has added
+	written     rules.Ports // the inbound ports that the injector has computed
 }
 
 // begin takes what a pod without annotations gets.
@@ -140,21 +139,18 @@ func (c *configuring) begin() {
 	s := c.settings
 	c.result = Result{Config: clone(s.Config), Sources: map[string]Source{},
 		Conflicts: slices.Clone(s.conflicts), Warnings: slices.Clone(s.warnings)}
+	identify(&c.result.Config, s.Config)
 	for path, name := range s.From {
 		c.result.Sources[path] = Source{ByControlPlane, name}
 	}
-	c.probe, c.probeFrom = s.ProbeProxyPort, envProbes
+	c.probe = s.ProbeProxyPort
 }
 
 // computed takes the configuration that the injector has computed for the pod: all of
 // it, but who the proxy is.
 func (c *configuring) computed() {
-	text, ok := c.annotations[KeyConfig]
-	switch {
-	case c.settings.Computed != nil:
-		c.replace(c.settings.Computed.Config, func(path string) string { return c.settings.Computed.From[path] })
-		return
-	case !ok || strings.TrimSpace(text) == "":
+	text := c.annotations[KeyConfig]
+	if strings.TrimSpace(text) == "" {
 		return
 	}
 	json := []byte(text)
@@ -169,12 +165,7 @@ func (c *configuring) computed() {
 	if c.faults = append(c.faults, faults...); faults != nil || d.tree == nil {
 		return
 	}
-	c.replace(d.config, func(path string) string {
-		if d.given(path) {
-			return KeyConfig
-		}
-		return ""
-	})
+	c.replace(d)
 	c.drop, c.log = d.drop != nil && *d.drop, d.log != nil && *d.log
 	for path, on := range map[string]bool{pathDrop: c.drop, pathLog: c.log} {
 		if delete(c.result.Sources, path); on {
@@ -186,14 +177,13 @@ func (c *configuring) computed() {
 }
 
 // replace puts a computed configuration in the place of the settings.
-func (c *configuring) replace(config tproxy.Config, from func(path string) string) {
+func (c *configuring) replace(d document) {
 	s := c.settings
-	conflicts := s.differ(config, func(path string) bool { return from(path) != "" })
-	for i := range conflicts {
-		conflicts[i].Source = from(conflicts[i].Path)
+	for _, x := range s.differ(d.config, d.given) {
+		x.Source = KeyConfig
+		c.conflict(x)
 	}
-	c.result.Conflicts = append(c.result.Conflicts, conflicts...)
-	c.added = without(config.Inbound.ExcludePorts, s.Config.Inbound.ExcludePorts)
+	c.written = d.config.Inbound.ExcludePorts
 	sources := map[string]Source{}
 	for _, path := range identity {
 		if src, ok := c.result.Sources[path]; ok {
@@ -201,12 +191,22 @@ func (c *configuring) replace(config tproxy.Config, from func(path string) strin
 		}
 	}
 	for _, k := range tproxy.Keys() {
-		if name := from(k.Path); name != "" && !slices.Contains(identity, k.Path) {
-			sources[k.Path] = Source{ByInjector, name}
+		if d.given(k.Path) && !slices.Contains(identity, k.Path) {
+			sources[k.Path] = Source{ByInjector, KeyConfig}
 		}
 	}
-	c.result.Config, c.result.Sources = clone(config), sources
+	c.result.Config, c.result.Sources = clone(d.config), sources
 	identify(&c.result.Config, s.Config)
+}
+
+// added are the inbound ports that the injector has added to a pod's own list, as for
+// probes: those that it computed and neither the pod nor the control plane's list names.
+// Where it has not even computed the pod's own in, it has not looked at the list.
+func (c *configuring) added(own rules.Ports) rules.Ports {
+	if !without(own, c.written).IsEmpty() {
+		return rules.Ports{}
+	}
+	return without(c.written, c.settings.Config.Inbound.ExcludePorts)
 }
 
 // annotation reads one annotation.
@@ -218,7 +218,7 @@ func (c *configuring) annotation(name, value string) {
 	if strings.HasPrefix(name, "traffic.kuma.io/") {
 		c.fault(tproxy.ConfigFault{Source: name, Value: short(value), What: "has no meaning: there is no such annotation",
 			Accepted: nearest(name) + ", the nearest one"})
-	} else if strings.HasPrefix(name, "kuma.io/") || strings.HasPrefix(name, "k8s.kuma.io/") {
+	} else if strings.HasPrefix(name, "kuma.io/") {
 		c.result.Ignored = append(c.result.Ignored, name)
 	}
 }
@@ -234,19 +234,21 @@ func (c *configuring) always() {
 	}
 	r.Config.Inbound.ExcludePorts = r.Config.Inbound.ExcludePorts.Union(r.Always)
 	if _, ok := r.Sources[pathInboundPorts]; !ok && !r.Always.IsEmpty() {
-		r.Sources[pathInboundPorts] = Source{ByControlPlane, "ports of probes"}
+		r.Sources[pathInboundPorts] = Source{ByInjector, "ports of probes"}
 	}
 	r.Config.Pod = true
 }
 
 // unsupported refuses what only Kuma's rules can do.
 func (c *configuring) unsupported() {
-	for path, on := range map[string]bool{pathDrop: c.drop, pathLog: c.log} {
-		if !on {
-			continue
+	for _, m := range []struct {
+		path string
+		on   bool
+	}{{pathDrop, c.drop}, {pathLog, c.log}} {
+		if m.on {
+			c.fault(tproxy.ConfigFault{Source: c.result.Sources[m.path].Name, Path: m.path, Value: "true",
+				What: "is known, not supported yet", Accepted: "the default, false", NotYet: true})
 		}
-		c.fault(tproxy.ConfigFault{Source: c.result.Sources[path].Name, Path: path, Value: "true",
-			What: "is known, not supported yet", Accepted: "the default, false", NotYet: true})
 	}
 }
 
@@ -292,6 +294,7 @@ func (s Settings) differ(c tproxy.Config, counts func(path string) bool) (out []
 	return out
 }
 
+// from says where the settings have a value from.
 func (s Settings) from(path string) string {
 	if name, ok := s.From[path]; ok {
 		return name

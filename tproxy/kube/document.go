@@ -167,7 +167,7 @@ func (s *Settings) configMap(m Document) []tproxy.ConfigFault {
 	for _, path := range identity {
 		remove(d.tree, path)
 	}
-	for _, path := range []string{pathInboundPorts, pathInboundIPs, pathOutboundPorts, pathOutboundUIDs, pathOutboundIPs, pathFamily} {
+	for _, path := range clearable {
 		if atDefault(d, path) {
 			remove(d.tree, path)
 		}
@@ -194,6 +194,10 @@ func (s *Settings) configMap(m Document) []tproxy.ConfigFault {
 	s.warnings = append(s.warnings, d.warnings...)
 	return nil
 }
+
+// clearable are the keys whose default does not count where all keys are written, as in
+// a ConfigMap of Helm's.
+var clearable = []string{pathInboundPorts, pathInboundIPs, pathOutboundPorts, pathOutboundUIDs, pathOutboundIPs, pathFamily}
 
 // atDefault reports of a list, a text or a port whether its value is the default.
 func atDefault(d document, path string) bool {

@@ -38,7 +38,7 @@ func ParseDownwardAPI(name string, text []byte) (map[string]string, error) {
 		default:
 			out[key] = value
 		}
-		if len(faults) > 20 {
+		if len(faults) == mostFaults {
 			break // a file of another kind
 		}
 	}

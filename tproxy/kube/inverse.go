@@ -19,7 +19,6 @@ import (
 // can make of these settings: another proxy, or an inbound port redirected that is
 // among Always.
 func Annotations(c tproxy.Config, s Settings) (map[string]string, error) {
-	s.Computed = nil
 	c = asPod(c)
 	want, err := c.MarshalJSON()
 	if err != nil {

@@ -1,6 +1,8 @@
 package kube
 
 import (
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -32,11 +34,6 @@ type Settings struct {
 	// From says where values of Config come from, by their key: the name of a
 	// variable, or of a document. One that is not there is at its default.
 	From map[string]string
-	// Computed is the whole configuration that the injector has computed for this
-	// pod, where it is had otherwise than from the pod's annotation
-	// traffic.kuma.io/transparent-proxy-config, which is then not read: kuma-init
-	// has it from its files. Nil means that it is not.
-	Computed *Computed
 	// Decode makes JSON of YAML, for the annotation
 	// traffic.kuma.io/transparent-proxy-config. Nil takes JSON alone, which is what
 	// Annotations writes.
@@ -46,11 +43,49 @@ type Settings struct {
 	warnings  []tproxy.ConfigFault // of ConfigMaps
 }
 
-// Computed is a configuration that was computed for one pod.
-type Computed struct {
-	Config tproxy.Config
-	// From says where its values come from, by their key.
-	From map[string]string
+// WithConfig are the settings with a configuration over them that an init container has
+// from its files, the control plane's ConfigMap and the pod's own among them. From says
+// which keys of c are given, and where each comes from; the others, and those of an empty
+// list or of dualstack, leave the settings as they are.
+//
+// Who the proxy is, the files say where the settings say nothing of it (From): they are
+// the control plane's word too. Where both do, and differ, it is a Conflict of what
+// Configure returns, and the settings count. The error is a *tproxy.ConfigError: c is not
+// valid.
+func (s Settings) WithConfig(c tproxy.Config, from map[string]string) (Settings, error) {
+	text, err := c.MarshalJSON()
+	if err != nil {
+		return Settings{}, err
+	}
+	d, faults := readDocument("", text)
+	if faults != nil {
+		return Settings{}, &tproxy.ConfigError{Faults: faults} // this cannot be: it was written here
+	}
+	out := s
+	out.Config, out.From = clone(s.Config), maps.Clone(s.From)
+	if out.From == nil {
+		out.From = map[string]string{}
+	}
+	out.conflicts = slices.Clone(s.conflicts)
+	said := func(path string) bool { return s.From[path] != "" }
+	for _, conflict := range s.differ(c, func(path string) bool { return from[path] != "" && said(path) }) {
+		conflict.Source = from[conflict.Path]
+		out.conflicts = append(out.conflicts, conflict)
+	}
+	for _, k := range tproxy.Keys() {
+		name := from[k.Path]
+		switch {
+		case name == "", slices.Contains(identity, k.Path) && said(k.Path), slices.Contains(clearable, k.Path) && atDefault(d, k.Path):
+			remove(d.tree, k.Path)
+		default:
+			out.From[k.Path] = name
+		}
+	}
+	if _, err := (tproxy.Decoder{}).Decode(d.text(), &out.Config); err != nil {
+		return Settings{}, err
+	}
+	out.Config.Pod = true
+	return out, nil
 }
 
 // Document is a configuration with Kuma's keys, as JSON.
