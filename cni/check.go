@@ -21,7 +21,7 @@ func (p *Plugin) check(ctx context.Context, a *skel.CmdArgs) error {
 	}
 	if err == nil && c.settled == "" {
 		var own bool
-		own, err = c.in(c.pod.NetNS, func() error { return c.compare(ctx) })
+		own, err = c.in(func() error { return c.compare(ctx) })
 		if own {
 			err = nil
 		} else if err != nil {

@@ -382,7 +382,8 @@ func TestHostsFilesDoNotCount(t *testing.T) {
 	}
 }
 
-// What the process of an ADD reads and starts, told by strace.
+// What an ADD reads and starts, told by strace: no name service is asked, neither by the
+// plugin nor by iptables, which has but empty files to look into.
 func TestAddReadsNothingOfTheHosts(t *testing.T) {
 	w := newLab(t)
 	netlab.Require(t, "strace")
@@ -406,22 +407,12 @@ func TestAddReadsNothingOfTheHosts(t *testing.T) {
 		t.Fatal(err)
 	}
 	programs := 0
-	var mine string // the plugin's process, which strace starts first
-	threads := map[string]bool{}
 	for line := range strings.Lines(string(text)) {
-		pid, call, _ := strings.Cut(line, " ")
-		if mine == "" {
-			mine = pid
-		}
-		if strings.Contains(call, "execve(") && !strings.Contains(call, "ENOENT") {
+		if strings.Contains(line, "execve(") && !strings.Contains(line, "ENOENT") {
 			programs++
-			threads[pid] = true // no thread of the plugin's any more
 		}
-		if threads[pid] && pid != mine {
-			continue
-		}
-		for _, bad := range []string{"resolv.conf", "nsswitch", "/etc/passwd", "/etc/group", "nscd", `"/proc/net`, `"/proc/self/net`, "/etc/hosts"} {
-			if strings.Contains(call, bad) {
+		for _, bad := range []string{"resolv.conf", "/etc/group", "nscd", "libnss", "userdb", "systemd", `"/proc/net`, `"/proc/self/net`, "/etc/hosts"} {
+			if strings.Contains(line, bad) && !strings.Contains(line, "ENOENT") && !strings.Contains(line, "ECONNREFUSED") {
 				t.Errorf("%s", line)
 			}
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"runtime"
 
@@ -49,7 +50,7 @@ func openNamespace(path string) (*os.File, error) {
 // inNamespace runs f on a thread in the network namespace of the path, in which alone
 // that thread ever is: it ends with f. With ours or process 1's nothing is run, and own
 // is true: that is the host's network.
-func inNamespace(path string, f func() error) (own bool, err error) {
+func inNamespace(log *slog.Logger, path string, f func() error) (own bool, err error) {
 	ns, err := openNamespace(path)
 	if err != nil {
 		return false, err
@@ -67,11 +68,36 @@ func inNamespace(path string, f func() error) (own bool, err error) {
 		if err != nil {
 			err = fmt.Errorf("setns(2) to %s: %w", path, err)
 		} else {
+			hideNames(log)
 			err = f()
 		}
 		done <- err
 	}()
 	return false, <-done
+}
+
+// nameFiles are the C library's ways to users (nsswitch.conf(5), passwd(5), nscd(8)).
+var nameFiles = []string{"/etc/nsswitch.conf", "/etc/passwd", "/var/run/nscd/socket"}
+
+// hideNames keeps the programs that this thread starts from looking for users, in a mount
+// namespace that it alone has: iptables asks for a user of the name of each number that a
+// rule has (owner_mt_parse, extensions/libxt_owner.c), and behind that may be a daemon, a
+// network that is not there yet, or a module that loops (kumahq/kuma#11038). Where it
+// cannot be done the rules are the same: no user's name is a range, as which numbers are
+// written.
+func hideNames(log *slog.Logger) {
+	err := unix.Unshare(unix.CLONE_NEWNS) // and CLONE_FS with it (unshare(2))
+	if err == nil {
+		err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+	}
+	for _, file := range nameFiles {
+		if _, missing := os.Stat(file); err == nil && missing == nil {
+			err = unix.Mount("/dev/null", file, "", unix.MS_BIND, "")
+		}
+	}
+	if err != nil {
+		log.Warn("iptables may ask the name service, which can take its time", "error", err.Error())
+	}
 }
 
 // same reports whether a file is that of the path.

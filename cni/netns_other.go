@@ -2,8 +2,13 @@
 
 package cni
 
-import "errors"
+import (
+	"errors"
+	"log/slog"
+)
 
-func inNamespace(string, func() error) (own bool, err error) { return false, errors.ErrUnsupported }
+func inNamespace(*slog.Logger, string, func() error) (own bool, err error) {
+	return false, errors.ErrUnsupported
+}
 
 func gone(error) bool { return false }

@@ -52,7 +52,7 @@ type Plugin struct {
 	Stdout, Stderr io.Writer
 
 	// enter is inNamespace, but for tests.
-	enter func(path string, f func() error) (own bool, err error)
+	enter func(log *slog.Logger, path string, f func() error) (own bool, err error)
 	// host is whether a pod was left alone because it is in the host's network.
 	host bool
 }
@@ -106,11 +106,12 @@ func (p *Plugin) runner(log *slog.Logger, lockFile string) Runner {
 	return &exec.Runner{Log: log, Version: p.Version, FilesElsewhere: true, LockFile: lockFile}
 }
 
-func (p *Plugin) in(path string, f func() error) (own bool, err error) {
-	if p.enter != nil {
-		return p.enter(path, f)
+// in runs f on a thread in the pod's namespace.
+func (c *call) in(f func() error) (own bool, err error) {
+	if c.enter != nil {
+		return c.enter(c.log, c.pod.NetNS, f)
 	}
-	return inNamespace(path, f)
+	return inNamespace(c.log, c.pod.NetNS, f)
 }
 
 func buildVersion() string {
@@ -243,7 +244,7 @@ func (c *call) excuse(err error) error {
 // install puts the rules into the pod's namespace.
 func (c *call) install(ctx context.Context, start time.Time) error {
 	var report *exec.Report
-	own, err := c.in(c.pod.NetNS, func() (err error) {
+	own, err := c.in(func() (err error) {
 		r := c.runner(c.log, c.pod.NetNS)
 		plan, err := c.plan(ctx, r)
 		if err != nil {
@@ -325,7 +326,7 @@ func (p *Plugin) del(ctx context.Context, a *skel.CmdArgs) error {
 		return nil
 	}
 	var report *exec.Report
-	own, err := c.in(c.pod.NetNS, func() (err error) {
+	own, err := c.in(func() (err error) {
 		report, err = c.runner(c.log, c.pod.NetNS).Remove(ctx, exec.RemoveOptions{Wait: delWait, MaxRetries: -1})
 		return err
 	})
