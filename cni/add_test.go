@@ -3,6 +3,7 @@ package cni
 import (
 	"context"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -459,5 +460,29 @@ func BenchmarkLeftAlone(b *testing.B) {
 		if err := w.add(context.Background(), a); err != nil || w.work() > 0 {
 			b.Fatal(err)
 		}
+	}
+}
+
+// The entry of the manifests is one that the plugin takes.
+func TestExampleOfTheManifests(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join("..", "examples", "kubernetes", "10-kuma-cni.conflist"))
+	var list struct{ Plugins []map[string]any }
+	if err == nil {
+		err = json.Unmarshal(text, &list)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	more := list.Plugins[len(list.Plugins)-1]
+	more["runtimeConfig"] = map[string]any{AnnotationsCapability: injected()}
+	w := newWorld(t)
+	if err := w.add(t.Context(), args(entry(more))); err != nil {
+		t.Fatal(err)
+	}
+	if got := w.applied[0].Config.Outbound.ExcludePorts.String(); got != "5678,8900" || more["type"] != "kuma-cni" {
+		t.Errorf("%v excludes %s", more, got)
+	}
+	if err := w.Plugin.status(t.Context(), args(entry(more))); err != nil {
+		t.Error(err)
 	}
 }

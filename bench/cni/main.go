@@ -151,7 +151,7 @@ func (b *bench) measure(w io.Writer, backend tproxy.Backend, rounds, bursts, par
 	ratio := func(what, to string) float64 { return crowd.Median(crowd.Ratios(times[what], times[to])) }
 	fmt.Fprintf(w, "our part of ADD to the bare restore: %.2f; of the medians: %.2f\n", ratio(addOurs, addBare), float64(crowd.Median(times[addOurs]))/float64(crowd.Median(times[addBare])))
 	fmt.Fprintf(w, "ADD of the chain with us to without: %.2f; DEL: %.2f\n", ratio(addChain, addBridge), ratio(delChain, delBridge))
-	fmt.Fprintf(w, "processes that an ADD starts: %d; peak memory of the plugin's process: %.1f MiB\n", b.processes, float64(memory)/1024)
+	fmt.Fprintf(w, "processes that an ADD starts beside the plugin itself: %d; peak memory of the plugin's process: %.1f MiB\n", b.processes, float64(memory)/1024)
 	return b.burst(w, bursts, parallel)
 }
 
