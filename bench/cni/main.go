@@ -20,6 +20,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	osexec "os/exec"
 	"path/filepath"
@@ -188,9 +189,7 @@ const (
 // entry is what a plugin is given.
 func entry(plugin map[string]any, prevResult json.RawMessage) []byte {
 	e := map[string]any{"cniVersion": "1.0.0", "name": "bench"}
-	for k, v := range plugin {
-		e[k] = v
-	}
+	maps.Copy(e, plugin)
 	if prevResult != nil {
 		e["prevResult"] = prevResult
 	}
