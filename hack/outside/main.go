@@ -1,6 +1,6 @@
 // Command outside uses the modules of this checkout as others will: it packs
 // them into a module proxy made of files, and from there builds a program that
-// imports the core, and installs kumactl by its path and version.
+// imports the core, and installs kumactl and kuma-cni by their path and version.
 //
 // It prints nothing when all is well.
 package main
@@ -21,6 +21,7 @@ import (
 const (
 	root    = "github.com/kumahq/kuma-tproxy"
 	program = root + "/cli/cmd/kumactl"
+	plugin  = root + "/cni/cmd/kuma-cni"
 )
 
 // allowed is every module that an importer of the core gets with it.
@@ -44,7 +45,7 @@ func run() (err error) {
 		return err
 	}
 	proxy := filepath.Join(temp, "proxy")
-	for module, dir := range map[string]string{root: ".", root + "/cli": "cli"} {
+	for module, dir := range map[string]string{root: ".", root + "/cli": "cli", root + "/cni": "cni"} {
 		if err := pack(proxy, module, version, dir); err != nil {
 			return fmt.Errorf("pack %s: %w", module, err)
 		}
@@ -60,20 +61,27 @@ func run() (err error) {
 		"GOWORK=off", "GOFLAGS=-modcacherw", "GONOSUMDB=*", "GONOSUMCHECK=1", "GOTOOLCHAIN=local",
 		"GOPROXY=file://"+proxy+",file://"+filepath.Join(lines[0], "cache", "download")+","+lines[1],
 		"GOMODCACHE="+filepath.Join(temp, "cache"), "GOBIN="+filepath.Join(temp, "bin"))
-	return errors.Join(importCore(e, version), installProgram(e, version, filepath.Join(temp, "bin")))
+	bin := filepath.Join(temp, "bin")
+	return errors.Join(importCore(e, version), installProgram(e, version, bin), installPlugin(e, version, bin))
 }
 
-// requiredVersion is the one of the root that the module cli asks for.
-func requiredVersion() (string, error) {
-	text, err := os.ReadFile("cli/go.mod")
-	if err != nil {
-		return "", err
+// requiredVersion is the one of the root that the modules cli and cni ask for.
+func requiredVersion() (version string, err error) {
+	for _, module := range []string{"cli", "cni"} {
+		text, err := os.ReadFile(filepath.Join(module, "go.mod"))
+		if err != nil {
+			return "", err
+		}
+		m := regexp.MustCompile(`(?m)^\s*(?:require )?` + regexp.QuoteMeta(root) + ` (v\S+)`).FindSubmatch(text)
+		if m == nil {
+			return "", fmt.Errorf("%s/go.mod does not require %s: go install of its program would fail", module, root)
+		}
+		if v := string(m[1]); version != "" && v != version {
+			return "", fmt.Errorf("%s/go.mod requires %s %s, and cli/go.mod %s", module, root, v, version)
+		}
+		version = string(m[1])
 	}
-	m := regexp.MustCompile(`(?m)^\s*(?:require )?` + regexp.QuoteMeta(root) + ` (v\S+)`).FindSubmatch(text)
-	if m == nil {
-		return "", fmt.Errorf("cli/go.mod does not require %s: go install %s@version would fail", root, program)
-	}
-	return string(m[1]), nil
+	return version, nil
 }
 
 // pack writes the files of a module as a proxy serves them (go.dev/ref/mod,
@@ -225,6 +233,34 @@ func installProgram(e *environment, version, bin string) error {
 	}
 	if strings.TrimSpace(version) == "" {
 		return errors.New("the installed kumactl has no version")
+	}
+	return nil
+}
+
+// heavy is what no importer of the plugin is to get: the tests of a real containerd have
+// it, in a module of their own.
+var heavy = []string{"google.golang.org/grpc", "google.golang.org/protobuf", "k8s.io/"}
+
+func installPlugin(e *environment, version, bin string) error {
+	if _, err := e.run("go", "install", plugin+"@"+version); err != nil {
+		return err
+	}
+	e.env = append(e.env, "CNI_COMMAND=VERSION")
+	out, err := e.run(filepath.Join(bin, "kuma-cni"))
+	if err != nil {
+		return err
+	}
+	if !strings.Contains(out, `"supportedVersions":["0.3.1"`) {
+		return fmt.Errorf("the installed kuma-cni prints %q", out)
+	}
+	modules, err := e.run("go", "version", "-m", filepath.Join(bin, "kuma-cni"))
+	if err != nil {
+		return err
+	}
+	for _, h := range heavy {
+		if strings.Contains(modules, h) {
+			return fmt.Errorf("kuma-cni is built with %s", h)
+		}
 	}
 	return nil
 }

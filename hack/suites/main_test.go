@@ -10,6 +10,8 @@ func TestSuiteOf(t *testing.T) {
 		{"tproxy/rules/parse_kernel_test.go", "TestParse", "", "kernel"},
 		{"examples/x/main_test.go", "TestX", `import "` + module + `/internal/netlab"`, "kernel"},
 		{"cli/kernel_linux_test.go", "TestKernel", "", "cli"},
+		{"cni/kernel_linux_test.go", "TestPod", "", "cni"},
+		{"cni/internal/critest/containerd_linux_test.go", "TestContainerdPods", "", "runtime"},
 		{"tproxy/exec/runtime_linux_test.go", "TestPodman", "", "runtime"},
 		{"tproxy/exec/kernel_linux_test.go", "TestFirewalldReload", "", "runtime"},
 		{"tproxy/exec/systemd_linux_test.go", "TestBoot", "", "systemd"},

@@ -291,6 +291,7 @@ func (t *transaction) underLock(ctx context.Context, ipv6 bool, find func() ([]j
 		rec.PassthroughAddressOurs = rec.PassthroughAddressOurs || jobs[i].addressOurs()
 	}
 	t.jobs, t.report.Before = jobs, installation(jobs)
+	t.leaveNames = t.leaveNames || t.elsewhere
 	if !t.leaveNames {
 		if err := t.lookAtNames(ctx); err != nil {
 			return err

@@ -549,7 +549,7 @@ func TestK18WaitZeroDoesNotWait(t *testing.T) {
 // unlocked is a machine where nobody holds the lock of iptables-legacy.
 type unlocked struct{ *fakeMachine }
 
-func (unlocked) lockHolder() (int, string, bool) { return 0, "", false }
+func (unlocked) lockHolder(string) (int, string, bool) { return 0, "", false }
 
 // before makes another program change the rules while our restore, the n-th
 // of that program, is being started.

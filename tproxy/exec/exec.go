@@ -47,6 +47,15 @@ type Runner struct {
 	// must not trust, the unit loads saved scripts by programs of the host instead: sh,
 	// iptables-restore, ip and resolvectl.
 	ComeBack []string
+	// FilesElsewhere says that the files which this process sees are not those of the
+	// network namespace's processes, as in a CNI plugin: resolv.conf, nsswitch.conf and
+	// systemd-resolved are neither read nor changed, and a Config that needs them
+	// changed is refused.
+	FilesElsewhere bool
+	// LockFile is the lock of iptables-legacy that the processes which are started take
+	// (XTABLES_LOCKFILE in iptables(8), since 1.8.6). Empty means that of the environment,
+	// or /run/xtables.lock: one for all network namespaces.
+	LockFile string
 
 	machine machine // nil is the one that we run on
 }

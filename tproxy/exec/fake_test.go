@@ -399,7 +399,7 @@ func (m *fakeMachine) watch(context.Context) (func(), error) { return func() {},
 
 func (m *fakeMachine) watched() (int, bool) { return 43, !m.unwatched }
 
-func (m *fakeMachine) lockHolder() (int, string, bool) { return 42, "kube-proxy", true }
+func (m *fakeMachine) lockHolder(string) (int, string, bool) { return 42, "kube-proxy", true }
 
 func (m *fakeMachine) userByName(name string) (uint32, bool) {
 	uid, ok := m.users[name]

@@ -207,6 +207,16 @@ func (h *fakeHost) log() []string {
 	return strings.Split(strings.TrimSpace(string(text)), "\n")
 }
 
+// others puts a rule of somebody else's there, and with it a table.
+func (h *fakeHost) others(prefixes ...string) {
+	h.t.Helper()
+	for _, p := range prefixes {
+		if err := os.WriteFile(filepath.Join(h.dir, p+".scripts"), []byte("*nat\n-A OUTPUT -p tcp -m tcp --dport 9 -j ACCEPT\nCOMMIT\n"), 0o600); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+}
+
 func (h *fakeHost) rules(prefix string) string {
 	h.t.Helper()
 	n, err := fakeRules(h.dir, prefix)
@@ -247,7 +257,7 @@ func (h *fakeHost) foreignTables() ([]string, error)        { return nil, nil }
 func (h *fakeHost) ipv6Off() (bool, string, error)          { return false, "", nil }
 func (h *fakeHost) localAddresses() ([]netip.Prefix, error) { return nil, nil }
 func (h *fakeHost) hasAddress(a netip.Addr) (bool, error)   { return h.addresses[hostPrefix(a)], nil }
-func (h *fakeHost) lockHolder() (int, string, bool)         { return 77, h.holder, h.holder != "" }
+func (h *fakeHost) lockHolder(string) (int, string, bool)   { return 77, h.holder, h.holder != "" }
 func (h *fakeHost) privileged() error                       { return nil }
 func (h *fakeHost) procs() procfs.FS {
 	return procfs.FS{Root: h.proc, FileRoot: h.proc, UnitDirs: []string{}}

@@ -34,6 +34,8 @@ type command struct {
 	// Lock, if not nil, is held open by the process too: should we be killed,
 	// nobody takes the lock while it still writes.
 	Lock *os.File
+	// LockFile is the process's lock of iptables-legacy; "" is the environment's.
+	LockFile string
 }
 
 func (c command) String() string { return strings.Join(append([]string{c.Path}, c.Args...), " ") }
@@ -82,7 +84,8 @@ type machine interface {
 
 	// lock keeps two runs in one network namespace apart.
 	lock(ctx context.Context, wait time.Duration) (lock, error)
-	lockHolder() (pid int, comm string, ok bool)
+	// lockHolder is who holds the lock of iptables-legacy; file is as in command.
+	lockHolder(file string) (pid int, comm string, ok bool)
 
 	// readState, writeState and removeState are about small files that only root can
 	// read, and that go with a reboot. One that is not there is fs.ErrNotExist to read,
@@ -156,6 +159,9 @@ func (system) run(ctx context.Context, c command) (result, error) {
 	}
 	// iptables says what it says in English and writes numbers as C does.
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	if c.LockFile != "" {
+		cmd.Env = append(cmd.Env, kernel.LockFileVariable+"="+c.LockFile)
+	}
 	// An interrupt at the terminal is for us, who look at it between steps: the
 	// child writes what it writes whole.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -309,12 +315,14 @@ func (system) send(uid uint32, to netip.AddrPort) (netip.AddrPort, error) {
 
 func (system) routeTo(a netip.Addr) (kernel.Route, error) { return kernel.RouteTo(a) }
 
-func (system) ipv6Off() (bool, string, error)             { return kernel.IPv6Off() }
-func (system) hasAddress(a netip.Addr) (bool, error)      { return kernel.HasLoopbackAddress(a) }
-func (system) addAddress(p netip.Prefix) (bool, error)    { return kernel.AddLoopbackAddress(p) }
-func (system) delAddress(p netip.Prefix) (bool, error)    { return kernel.DelLoopbackAddress(p) }
-func (system) localAddresses() ([]netip.Prefix, error)    { return kernel.LocalAddresses() }
-func (system) lockHolder() (pid int, comm string, _ bool) { return kernel.XtablesLockHolder() }
+func (system) ipv6Off() (bool, string, error)          { return kernel.IPv6Off() }
+func (system) hasAddress(a netip.Addr) (bool, error)   { return kernel.HasLoopbackAddress(a) }
+func (system) addAddress(p netip.Prefix) (bool, error) { return kernel.AddLoopbackAddress(p) }
+func (system) delAddress(p netip.Prefix) (bool, error) { return kernel.DelLoopbackAddress(p) }
+func (system) localAddresses() ([]netip.Prefix, error) { return kernel.LocalAddresses() }
+func (system) lockHolder(file string) (pid int, comm string, _ bool) {
+	return kernel.XtablesLockHolder(file)
+}
 
 // lockName is the abstract socket that keeps two runs apart.
 const lockName = "kuma-tproxy"

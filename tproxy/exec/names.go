@@ -29,6 +29,13 @@ func (s *session) nameserver(ctx context.Context, n tproxy.PutNameserver, h *tpr
 	h.Notes = append(h.Notes, plan.Notes()...)
 }
 
+// notOurFiles says what a plan cannot have of another network namespace's files.
+func (s *session) notOurFiles(n tproxy.Needs, h *tproxy.Host) {
+	if n.Nameserver != nil {
+		h.Nameserver.Refused = n.Nameserver.Path + " is not that of this network namespace (exec.Runner.FilesElsewhere)"
+	}
+}
+
 // nsswitch says which sources of names the C library asks, in which order.
 const nsswitch = "/etc/nsswitch.conf"
 

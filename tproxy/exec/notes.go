@@ -146,6 +146,9 @@ func (t *transaction) kuma(done string) (notes []string) {
 				where, d, strings.TrimSuffix(filepath.Base(j.variant.For(j.family).Restore), "-restore"), d.Table, d.Chain, d.Rule.Listed()))
 		}
 	}
+	if t.elsewhere {
+		return notes
+	}
 	for _, path := range t.m.glob(kumaBackups...) {
 		notes = append(notes, fmt.Sprintf("%s is a copy of the rules that Kuma's own installer left; nothing reads it any more", path))
 	}

@@ -52,6 +52,10 @@ func (s *session) probe(ctx context.Context, n tproxy.Needs) (h tproxy.Host, err
 	if err := s.inboundPorts(n, &h); err != nil {
 		return h, err
 	}
+	if s.elsewhere {
+		s.notOurFiles(n, &h)
+		n.ResolvConf, n.Nameserver = "", nil
+	}
 	if n.ResolvConf != "" || n.Nameserver != nil {
 		s.byResolved(&h)
 	}

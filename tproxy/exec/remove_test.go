@@ -163,7 +163,7 @@ func TestRemoveWait(t *testing.T) {
 	// The nft restore takes no lock, and its --wait-interval is not always known.
 	m := newFakeMachine(t)
 	m.install(t, tproxy.Config{IPFamilyMode: tproxy.IPv4Only, WaitInterval: time.Millisecond})
-	same(t, "processes", m.programs(), []string{"iptables-nft-save", "iptables-nft-restore --noflush --wait=5"})
+	same(t, "processes", m.programs(), []string{"iptables-nft-restore --noflush --wait=5"})
 }
 
 // K6: Kuma's uninstall fails for any other user than 5678 and kuma-dp, because

@@ -42,8 +42,12 @@ func (s *session) savedText(ctx context.Context, v tproxy.Variant, f rules.Famil
 	return r.Stdout, step, nil
 }
 
-// save reads the rules of a family.
+// save reads the rules of a family. Where the kernel has no table for it there are none,
+// and no process need be started to hear so: as in a network namespace that is new.
 func (s *session) save(ctx context.Context, v tproxy.Variant, f rules.Family) (live, error) {
+	if tables, err := s.m.tables(v.Backend == tproxy.IPTablesNFT, f); err == nil && len(tables) == 0 {
+		return live{}, nil
+	}
 	path := v.For(f).Save
 	text, step, err := s.savedText(ctx, v, f)
 	if err != nil {
@@ -124,7 +128,7 @@ func (s *session) restore(ctx context.Context, v tproxy.Variant, f rules.Family,
 	c.Args = append(c.Args, fmt.Sprintf("--wait=%d", seconds))
 	if v.Backend == tproxy.IPTablesLegacy {
 		if s.wait <= 0 {
-			if pid, comm, ok := s.m.lockHolder(); ok {
+			if pid, comm, ok := s.m.lockHolder(s.lockFile); ok {
 				return &ApplyError{Step: step, Family: f, Err: ErrLocked, Remedy: heldBy(pid, comm)}
 			}
 		}
@@ -202,7 +206,7 @@ func (s *session) diagnose(e *ApplyError, v tproxy.Variant, script []byte) {
 	switch {
 	case says("holding the xtables lock", "Can't lock "):
 		cause(ErrLocked)
-		if pid, comm, ok := s.m.lockHolder(); ok {
+		if pid, comm, ok := s.m.lockHolder(s.lockFile); ok {
 			e.Remedy = heldBy(pid, comm)
 		} else {
 			e.Remedy = "somebody held the xtables lock for the whole time; wait longer with --wait"

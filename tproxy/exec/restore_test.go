@@ -17,33 +17,40 @@ import (
 
 // These tests start real processes: the programs of fakeprogram_test.go.
 
+// Two processes a family, and one where it has no table: nothing is there to be saved.
 func TestProcesses(t *testing.T) {
 	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
-		t.Run(b.String(), func(t *testing.T) {
-			v4, v6 := b.String(), "ip6"+strings.TrimPrefix(b.String(), "ip")
-			h := newFakeHost(t, v4, v6)
-			r := Runner{machine: h}
-			p := h.plan(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}})
-			h.log()
-			report, err := r.Apply(context.Background(), p)
-			if err != nil {
-				t.Fatal(err)
-			}
-			same(t, "processes", h.log(), []string{v4 + "-save LC_ALL=C", v6 + "-save LC_ALL=C",
-				v4 + "-restore --noflush --wait=5 LC_ALL=C", v6 + "-restore --noflush --wait=5 LC_ALL=C"})
-			if !h.addresses[passthrough6] || report.Processes != 4 || report.Backend != b || report.Why != "the only one with all its programs here" {
-				t.Errorf("report %+v", report)
-			}
-			if report, err = r.Apply(context.Background(), h.plan(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}})); err != nil || report.Changed {
-				t.Errorf("the same again: %+v, %v", report, err)
-			}
-			if _, err := r.Remove(context.Background(), RemoveOptions{}); err != nil {
-				t.Fatal(err)
-			}
-			if s := h.rules(v4) + h.rules(v6); strings.Contains(s, "KUMA") || len(h.addresses) > 0 {
-				t.Errorf("left: %s", s)
-			}
-		})
+		for _, fresh := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/fresh=%t", b, fresh), func(t *testing.T) {
+				v4, v6 := b.String(), "ip6"+strings.TrimPrefix(b.String(), "ip")
+				h := newFakeHost(t, v4, v6)
+				want := []string{v4 + "-restore --noflush --wait=5 LC_ALL=C", v6 + "-restore --noflush --wait=5 LC_ALL=C"}
+				if !fresh {
+					h.others(v4, v6)
+					want = append([]string{v4 + "-save LC_ALL=C", v6 + "-save LC_ALL=C"}, want...)
+				}
+				r := Runner{machine: h}
+				p := h.plan(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}})
+				h.log()
+				report, err := r.Apply(context.Background(), p)
+				if err != nil {
+					t.Fatal(err)
+				}
+				same(t, "processes", h.log(), want)
+				if !h.addresses[passthrough6] || report.Processes != len(want) || report.Backend != b || report.Why != "the only one with all its programs here" {
+					t.Errorf("%d processes, %s: %s", report.Processes, report.Backend, report.Why)
+				}
+				if report, err = r.Apply(context.Background(), h.plan(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}})); err != nil || report.Changed {
+					t.Errorf("the same again: %v", err)
+				}
+				if _, err := r.Remove(context.Background(), RemoveOptions{}); err != nil {
+					t.Fatal(err)
+				}
+				if s := h.rules(v4) + h.rules(v6); strings.Contains(s, "KUMA") || len(h.addresses) > 0 {
+					t.Errorf("left: %s", s)
+				}
+			})
+		}
 	}
 }
 
@@ -194,6 +201,7 @@ func TestSaveFailures(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := newFakeHost(t, "iptables-nft")
+			h.others("iptables-nft")
 			p := h.plan(tproxy.Config{IPFamilyMode: tproxy.IPv4Only})
 			h.will("iptables-nft-save", c.a)
 			h.log()
@@ -222,6 +230,7 @@ func TestSaveFailures(t *testing.T) {
 
 func TestProgramThatVanished(t *testing.T) {
 	h := newFakeHost(t, "iptables-nft")
+	h.others("iptables-nft")
 	p := h.plan(tproxy.Config{IPFamilyMode: tproxy.IPv4Only})
 	for _, name := range []string{"iptables-nft-restore", "iptables-nft-save"} {
 		if err := os.Remove(filepath.Join(h.bin, name)); err != nil {

@@ -74,7 +74,7 @@ func readSaved(text []byte) (i savedInstall, err error) {
 
 // savedHere reads what is saved for this network namespace; nil where nothing is.
 func (s *session) savedHere() (*savedInstall, error) {
-	if _, elsewhere := s.m.systemd(); elsewhere != "" {
+	if !s.storeHere(tproxy.PersistSystemd, false) {
 		return nil, nil
 	}
 	return s.saved()

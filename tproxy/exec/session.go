@@ -22,6 +22,8 @@ type session struct {
 	recorded           string   // the version in a record
 	comeBack           []string // Runner.ComeBack
 	lock               *os.File // what children inherit, while it is held
+	lockFile           string   // of iptables-legacy; "" is the environment's
+	elsewhere          bool     // whether the files are another network namespace's
 	wait, waitInterval time.Duration
 	processes, retries int
 	counters           bool             // whether rules are read with what they have counted
@@ -42,7 +44,7 @@ func (s *session) patient(c tproxy.Config) {
 }
 
 func (r *Runner) session() (*session, error) {
-	s := &session{m: r.machine, log: r.Log, recorded: r.Version, comeBack: r.ComeBack, wait: tproxy.DefaultWait}
+	s := &session{m: r.machine, log: r.Log, recorded: r.Version, comeBack: r.ComeBack, wait: tproxy.DefaultWait, lockFile: r.LockFile, elsewhere: r.FilesElsewhere}
 	if s.m == nil {
 		if runtime.GOOS != "linux" {
 			return nil, fmt.Errorf("netfilter on %s: %w", runtime.GOOS, ErrUnsupported)
@@ -67,7 +69,7 @@ const patience = time.Minute
 // writes whole.
 func (s *session) run(ctx context.Context, c command) (result, error) {
 	s.processes++
-	c.Lock = s.lock
+	c.Lock, c.LockFile = s.lock, s.lockFile
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), max(s.wait, 0)+patience)
 	defer cancel()
 	start := time.Now()

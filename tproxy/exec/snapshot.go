@@ -158,6 +158,9 @@ func (t *transaction) snapshot(ctx context.Context) (*Snapshot, error) {
 // nameserverOfOurs looks where an install puts a control plane. What stands there
 // counts, not what the record says: somebody may have taken it out since.
 func (t *transaction) nameserverOfOurs(ctx context.Context) (*SnapshotNameserver, error) {
+	if t.elsewhere {
+		return nil, nil
+	}
 	paths, shared := t.namesPaths()
 	for _, p := range paths {
 		r, err := t.m.resolvConf(p, shared).InspectRemoval()

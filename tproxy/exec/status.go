@@ -252,6 +252,21 @@ func (l *looker) ours(f rules.Family) live {
 // reboot takes them, or a firewall that begins anew.
 func (l *looker) leftovers(ctx context.Context) error {
 	const gone = "an install was here, and its rules are gone"
+	if err := l.leftFiles(ctx, gone); err != nil {
+		return err
+	}
+	_, v6 := tproxy.PassthroughAddresses()
+	if there, err := l.m.hasAddress(v6); err == nil && there {
+		l.Notes = append(l.Notes, hostPrefix(v6).String()+" is on lo: an install may have been here, ours or Kuma's, whose rules are gone")
+	}
+	return ctx.Err()
+}
+
+// leftFiles are what an install has left that resolves names, or brings it back.
+func (l *looker) leftFiles(ctx context.Context, gone string) error {
+	if l.elsewhere {
+		return nil
+	}
 	if r, err := l.m.resolvConf(tproxy.DefaultResolvConf, false).InspectRemoval(); err == nil && !r.Nothing() {
 		l.drift(tproxy.Drift{Kind: tproxy.DriftNames, Is: fmt.Sprintf("nameserver %s in %s", r.Address, r.Path), Why: gone})
 	}
@@ -261,18 +276,13 @@ func (l *looker) leftovers(ctx context.Context) error {
 			l.drift(tproxy.Drift{Kind: tproxy.DriftNames, Is: c.undo, Why: gone})
 		}
 	}
-	_, elsewhere := l.m.systemd()
 	for _, by := range ways {
-		if by == tproxy.PersistSystemd && elsewhere != "" || by == tproxy.PersistFirewalld && !l.directHere(false) {
+		if !l.storeHere(by, false) {
 			continue
 		}
 		if c, err := l.dropStored(by); err == nil && !c.nothing {
 			l.drift(tproxy.Drift{Kind: tproxy.DriftStored, Is: c.undo, Why: gone + "; a restart would bring it back"})
 		}
-	}
-	_, v6 := tproxy.PassthroughAddresses()
-	if there, err := l.m.hasAddress(v6); err == nil && there {
-		l.Notes = append(l.Notes, hostPrefix(v6).String()+" is on lo: an install may have been here, ours or Kuma's, whose rules are gone")
 	}
 	return ctx.Err()
 }
@@ -396,6 +406,9 @@ func (l *looker) address(plan *tproxy.Plan) {
 
 // names compares what resolves names of the mesh.
 func (l *looker) names(ctx context.Context, plan *tproxy.Plan) error {
+	if l.elsewhere {
+		return ctx.Err()
+	}
 	put, split := plan.Config.Needs().Nameserver, plan.Host.Nameserver.Split
 	if put != nil && split == tproxy.NoSplit {
 		p, err := l.m.resolvConf(put.Path, put.Shared).Inspect(put.Address)

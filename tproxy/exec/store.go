@@ -41,6 +41,11 @@ var ways = []tproxy.Persist{tproxy.PersistSystemd, tproxy.PersistFirewalld}
 func (s *session) persistence(ctx context.Context, asked tproxy.Persist, h *tproxy.Host) {
 	p := &h.Persistence
 	p.Observed = true
+	if s.elsewhere {
+		p.Elsewhere = "the files here are those of another network namespace"
+		p.NoSystemd, p.NoFirewalld = p.Elsewhere, p.Elsewhere
+		return
+	}
 	p.NoSystemd, p.Elsewhere = s.m.systemd()
 	told := asked == tproxy.PersistFirewalld
 	env := s.m.resolvConf(directName, told)
@@ -52,7 +57,7 @@ func (s *session) persistence(ctx context.Context, asked tproxy.Persist, h *tpro
 		s.firewalld(ctx, p, env.Env.Running)
 	}
 	for _, by := range ways {
-		if by == tproxy.PersistSystemd && p.Elsewhere != "" || by == tproxy.PersistFirewalld && !s.directHere(told) {
+		if !s.storeHere(by, told) {
 			continue
 		}
 		if there, err := s.anyStored(by); err == nil && there {
@@ -103,8 +108,16 @@ func (s *session) firewalldState(ctx context.Context) (string, error) {
 	return strings.ToUpper(strings.TrimSpace(string(r.Stdout))), err
 }
 
-// directHere reports whether direct.xml is that of this network namespace, or meant.
-func (s *session) directHere(told bool) bool {
+// storeHere reports whether the files of a way are those of this network namespace, or, of
+// firewalld, whether somebody told us to write them all the same.
+func (s *session) storeHere(by tproxy.Persist, told bool) bool {
+	if s.elsewhere {
+		return false
+	}
+	if by == tproxy.PersistSystemd {
+		_, elsewhere := s.m.systemd()
+		return elsewhere == ""
+	}
 	env := s.m.resolvConf(directName, told)
 	return dns.MayWrite(directName, env.Env.Mounts, env.Namespaces) == nil
 }
@@ -368,7 +381,6 @@ func (t *transaction) lookAtStored(ctx context.Context, rec tproxy.Record) error
 	if t.plan != nil {
 		stores = t.plan.Stores()
 	}
-	_, elsewhere := t.m.systemd()
 	t.store = nil
 	for _, by := range ways {
 		var c hostChange
@@ -383,7 +395,7 @@ func (t *transaction) lookAtStored(ctx context.Context, rec tproxy.Record) error
 			}
 		case wanted:
 			c, err = t.unit(t.plan, rec)
-		case by == tproxy.PersistSystemd && elsewhere != "", by == tproxy.PersistFirewalld && !t.directHere(told):
+		case !t.storeHere(by, told):
 			continue
 		default:
 			step = tproxy.DropStored{By: by}

@@ -37,6 +37,9 @@ func (f Family) String() string {
 // ErrNoUser is for a user that this user namespace does not have.
 var ErrNoUser = errors.New("no such user in this user namespace")
 
+// LockFileVariable names the file that iptables-legacy locks (iptables(8)).
+const LockFileVariable = "XTABLES_LOCKFILE"
+
 // NFTTable names a table of nf_tables.
 type NFTTable struct {
 	Family string // ip, ip6, inet, arp, bridge, netdev

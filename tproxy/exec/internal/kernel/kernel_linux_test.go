@@ -672,7 +672,7 @@ func TestAbstractInode(t *testing.T) {
 func TestXtablesLockHolder(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "xtables.lock")
 	t.Setenv("XTABLES_LOCKFILE", path)
-	if pid, comm, ok := XtablesLockHolder(); ok {
+	if pid, comm, ok := XtablesLockHolder(""); ok {
 		t.Errorf("no file: got %d %s", pid, comm)
 	}
 	file, err := os.Create(path)
@@ -680,7 +680,7 @@ func TestXtablesLockHolder(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	if pid, comm, ok := XtablesLockHolder(); ok {
+	if pid, comm, ok := XtablesLockHolder(""); ok {
 		t.Errorf("not locked: got %d %s", pid, comm)
 	}
 	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX); err != nil {
@@ -690,7 +690,7 @@ func TestXtablesLockHolder(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pid, comm, ok := XtablesLockHolder()
+	pid, comm, ok := XtablesLockHolder("")
 	if !ok || pid != os.Getpid() || comm != strings.TrimSpace(string(want)) {
 		t.Errorf("locked: got %d %q %v, want %d %q", pid, comm, ok, os.Getpid(), want)
 	}

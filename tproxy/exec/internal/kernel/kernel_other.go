@@ -91,7 +91,7 @@ func (h *LockHandle) Unlock() error { return errors.ErrUnsupported }
 func (h *LockHandle) File() (*os.File, error) { return nil, errors.ErrUnsupported }
 
 // XtablesLockHolder is for Linux.
-func XtablesLockHolder() (pid int, comm string, ok bool) { return 0, "", false }
+func XtablesLockHolder(string) (pid int, comm string, ok bool) { return 0, "", false }
 
 func tryLock(string) (*LockHandle, error) { return nil, errors.ErrUnsupported }
 

@@ -106,11 +106,14 @@ func abstractInode(text []byte, name string) (uint64, bool) {
 	return 0, false
 }
 
-// XtablesLockHolder says who holds the lock of iptables-legacy: the file of
-// XTABLES_LOCKFILE, or /run/xtables.lock (iptables(8)). ok is false if nobody
-// does, or a process that this PID namespace does not show.
-func XtablesLockHolder() (pid int, comm string, ok bool) {
-	path := os.Getenv("XTABLES_LOCKFILE")
+// XtablesLockHolder says who holds the lock of iptables-legacy: the file, or where
+// that is "" the one of XTABLES_LOCKFILE, or /run/xtables.lock (iptables(8)). ok is
+// false if nobody does, or a process that this PID namespace does not show.
+func XtablesLockHolder(file string) (pid int, comm string, ok bool) {
+	path := file
+	if path == "" {
+		path = os.Getenv(LockFileVariable)
+	}
 	if path == "" {
 		path = "/run/xtables.lock"
 	}

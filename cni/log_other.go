@@ -1,0 +1,5 @@
+//go:build !linux
+
+package cni
+
+const nonblock = 0
