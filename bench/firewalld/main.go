@@ -97,14 +97,14 @@ func run(rounds int, date, out string) error {
 	p.Linef("back: in how many rounds the rules redirected again a second after the end.\n")
 	p.Linef("%-9s %-11s %-16s %9s %9s %9s %14s %8s %7s | %17s", "backend", "rules", "change", "took", "gap", "gap/took", "escaped", "held up", "back", "control: escaped")
 	for _, r := range rows {
-		print(p, r)
+		show(p, r)
 	}
 	return p.Write(out)
 }
 
-// print prints the medians of a row, and counts it as bad where the control escaped,
+// show prints the medians of a row, and counts it as bad where the control escaped,
 // rules of the file were not back, or live ones were.
-func print(p *crowd.Page, r *row) {
+func show(p *crowd.Page, r *row) {
 	var took, gaps []time.Duration
 	var share, heldUp []float64
 	back, escaped, made, lost, controls := 0, 0, 0, 0, 0
