@@ -17,6 +17,8 @@ Connections that are redirected at that moment are cut, and their number is said
 --drain gives them time, while new ones already go direct.
 
 A nameserver that install put into resolv.conf goes too; the rules say into which file.
+So does what would bring the install back after a restart: the unit of systemd, and our
+rules in firewalld's direct.xml, of which the rest stays as it is.
 
 Each flag but --drain, --resolv-conf and --output has a variable KUMA_TRANSPARENT_PROXY_*, which it wins over.`
 

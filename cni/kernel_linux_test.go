@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	osexec "os/exec"
@@ -57,9 +58,7 @@ func newLab(t *testing.T) *lab {
 // args are those of the pod, with annotations and with more in the plugin's entry.
 func (w *lab) args(more map[string]any, annotations ...string) *skel.CmdArgs {
 	all := runtimeConfig(injected(annotations...))
-	for k, v := range more {
-		all[k] = v
-	}
+	maps.Copy(all, more)
 	a := args(entry(all))
 	a.Netns = w.Host.Path()
 	return a

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	osexec "os/exec"
 	"path/filepath"
@@ -92,9 +93,7 @@ func newRuntime(t *testing.T, cniVersion, first string, entry map[string]any) *c
 		plugins = append(plugins, map[string]any{"type": "loopback"})
 	}
 	own := map[string]any{"type": "kuma-cni", "capabilities": map[string]bool{AnnotationsCapability: true}}
-	for k, v := range entry {
-		own[k] = v
-	}
+	maps.Copy(own, entry)
 	text, err := json.Marshal(map[string]any{"cniVersion": cniVersion, "name": "net-" + first, "plugins": append(plugins, own)})
 	if err == nil {
 		r.list, err = libcni.ConfListFromBytes(text)

@@ -215,12 +215,10 @@ func (c *session) serverSpeaks(text string) {
 	if err != nil {
 		c.w.Fatal(err)
 	}
-	defer f.Close()
+	c.w.Cleanup(func() { _ = f.Close() }) // not before it was read
 	if _, err := f.WriteString(text + "\n"); err != nil {
 		c.w.Fatal(err)
 	}
-	// Not closed before it was read.
-	time.Sleep(20 * time.Millisecond)
 }
 
 // alive fails unless the session works in both directions, the server first.

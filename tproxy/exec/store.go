@@ -350,6 +350,9 @@ func (s *session) direct(want rules.Set) (hostChange, error) {
 			c.notes = append(c.notes, directName+" was written anew by somebody else since, as firewall-cmd --permanent --direct does: what is ours was taken out element by element")
 		}
 	}
+	if len(gone.Removed) > 0 && s.m.resolvConf(directName, true).Env.Running("firewalld") {
+		c.notes = append(c.notes, "firewalld has in memory what it loaded from there, and counts it, until firewall-cmd --reload")
+	}
 	for _, d := range gone.Doubtful {
 		c.notes = append(c.notes, fmt.Sprintf("left in %s, as it may be Kuma's or anybody else's: %s", directName, d))
 	}
