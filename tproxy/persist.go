@@ -84,21 +84,11 @@ type Persistence struct {
 	Elsewhere string
 	// Stored are the ways by which an install comes back already, in part at least.
 	Stored []Persist
-	// Changes are the steps that a plan may have, as the observer says them.
-	Changes []StorageChange
-}
-
-// StorageChange says what is done for a way, or taken back.
-type StorageChange struct {
-	By       Persist
-	Do, Undo string
 }
 
 // StoreRules has an install come back after a restart.
 type StoreRules struct {
 	By Persist // PersistSystemd or PersistFirewalld
-
-	do, undo string
 }
 
 // DropStored takes out what would bring back an install that is replaced.
@@ -108,9 +98,6 @@ func (StoreRules) step() {}
 func (DropStored) step() {}
 
 func (s StoreRules) String() string {
-	if s.do != "" {
-		return s.do
-	}
 	if s.By == PersistFirewalld {
 		return "the rules in direct.xml of firewalld"
 	}
@@ -119,9 +106,6 @@ func (s StoreRules) String() string {
 
 // Undo puts back what was there.
 func (s StoreRules) Undo() string {
-	if s.undo != "" {
-		return s.undo
-	}
 	if s.By == PersistFirewalld {
 		return "direct.xml of firewalld without the rules"
 	}
@@ -224,13 +208,7 @@ func (p *Plan) Stores() (out []Persist) {
 func (p *Plan) storage() (out []Step) {
 	stores := p.Stores()
 	for _, by := range stores {
-		s := StoreRules{By: by}
-		for _, c := range p.Host.Persistence.Changes {
-			if c.By == by {
-				s.do, s.undo = c.Do, c.Undo
-			}
-		}
-		out = append(out, s)
+		out = append(out, StoreRules{by})
 	}
 	for _, by := range p.Host.Persistence.Stored {
 		if !slices.Contains(stores, by) {

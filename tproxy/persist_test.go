@@ -94,7 +94,6 @@ func TestPlanStores(t *testing.T) {
 		{tproxy.Config{}, tproxy.Persistence{Observed: true, Firewalld: true}, []string{
 			"a unit of systemd that installs again at boot / no unit of ours",
 			"the rules in direct.xml of firewalld / direct.xml of firewalld without the rules"}},
-		{tproxy.Config{}, tproxy.Persistence{Observed: true, Changes: []tproxy.StorageChange{{By: tproxy.PersistSystemd, Do: "do", Undo: "undo"}}}, []string{"do / undo"}},
 		{tproxy.Config{Persist: tproxy.PersistSystemd}, tproxy.Persistence{Observed: true, Stored: []tproxy.Persist{tproxy.PersistSystemd, tproxy.PersistFirewalld}}, []string{
 			"a unit of systemd that installs again at boot / no unit of ours",
 			"no rules of ours in direct.xml of firewalld / the former rules in direct.xml of firewalld"}},
