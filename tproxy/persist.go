@@ -132,11 +132,11 @@ func (p *Plan) choosePersist() *Refusal {
 	h, asked := p.Host.Persistence, p.Config.Persist
 	p.Persist, p.PersistWhy = asked, "asked for"
 	switch {
-	case p.Config.Pod && (asked == PersistAuto || asked == PersistSystemd):
-		if asked == PersistSystemd {
-			return &Refusal{"--persist systemd: a pod has no systemd that would bring the rules back", "leave --persist out: its runtime makes the pod anew"}
-		}
+	case p.Config.Pod && asked <= PersistFirewalld:
 		p.Persist, p.PersistWhy = PersistNone, "a pod is made anew by its runtime"
+		if asked != PersistAuto {
+			return &Refusal{fmt.Sprintf("--persist %s: a pod has no %[1]s that would bring the rules back", asked), "leave it out: the runtime makes a pod anew"}
+		}
 	case asked == PersistAuto:
 		if r := p.autoPersist(); r != nil {
 			return r

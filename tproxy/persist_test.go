@@ -50,6 +50,7 @@ func TestBuildPersists(t *testing.T) {
 		{"firewalld failed, none asked", none, tproxy.Persistence{Observed: true, Firewalld: true, Failed: "state failed"}, false, "none []", ""},
 		{"direct.xml is broken", auto, tproxy.Persistence{Observed: true, Firewalld: true, NoFirewalld: "not XML"}, false, "refused: firewalld rules this host", ""},
 		{"a pod", auto, rules, true, "none []", ""},
+		{"a pod, firewalld asked", firewalld, tproxy.Persistence{}, true, "refused: --persist firewalld: a pod", ""},
 		{"a pod, systemd asked", systemd, rules, true, "refused: --persist systemd: a pod", ""},
 	} {
 		p, err := tproxy.Build(tproxy.Config{Persist: test.asked, Pod: test.pod}, tproxy.Host{Persistence: test.host})

@@ -390,6 +390,8 @@ func (t *transaction) lookAtStored(ctx context.Context, rec tproxy.Record) error
 		var err error
 		step := fmt.Stringer(tproxy.StoreRules{By: by})
 		switch wanted := slices.Contains(stores, by); {
+		case !t.storeHere(by, told):
+			continue
 		case wanted && by == tproxy.PersistFirewalld:
 			c, err = t.direct(t.plan.WithRecord(rec))
 			if err == nil && !c.nothing && !t.dryRun && !t.tried {
@@ -398,8 +400,6 @@ func (t *transaction) lookAtStored(ctx context.Context, rec tproxy.Record) error
 			}
 		case wanted:
 			c, err = t.unit(t.plan, rec)
-		case !t.storeHere(by, told):
-			continue
 		default:
 			step = tproxy.DropStored{By: by}
 			c, err = t.dropStored(by)
