@@ -452,7 +452,7 @@ func (system) started(pid int) string {
 const unitFolder = "/etc/systemd/system"
 
 func (m system) systemd() (no, elsewhere string) {
-	if ns := files.Namespaces(); ns.Self == "" || ns.Self != ns.Init {
+	if self, first := files.Networks(); self == "" || self != first {
 		elsewhere = "this network namespace is not that of process 1"
 		return elsewhere, elsewhere
 	}

@@ -74,10 +74,11 @@ func readSaved(text []byte) (i savedInstall, err error) {
 
 // savedHere reads what is saved for this network namespace; nil where nothing is.
 func (s *session) savedHere() (*savedInstall, error) {
-	if !s.storeHere(tproxy.PersistSystemd, false) {
+	i, err := s.saved()
+	if i == nil && err == nil || !s.storeHere(tproxy.PersistSystemd, false) {
 		return nil, nil
 	}
-	return s.saved()
+	return i, err
 }
 
 // saved reads what is saved; nil where nothing is.

@@ -48,28 +48,24 @@ func (s *session) persistence(ctx context.Context, asked tproxy.Persist, h *tpro
 	}
 	p.NoSystemd, p.Elsewhere = s.m.systemd()
 	told := asked == tproxy.PersistFirewalld
-	env := s.m.resolvConf(directName, told)
-	switch {
-	case p.Elsewhere != "" && !told: // whose files they are does not matter
-	case dns.MayWrite(directName, env.Env.Mounts, env.Namespaces) != nil:
-		p.NoFirewalld = directFolder + " is another network namespace's"
-	default:
-		s.firewalld(ctx, p, env.Env.Running)
+	if p.Elsewhere == "" || told { // else whose files they are does not matter
+		s.firewalld(ctx, p, told)
 	}
 	for _, by := range ways {
-		if !s.storeHere(by, told) {
-			continue
-		}
-		if there, err := s.anyStored(by); err == nil && there {
+		if c, err := s.drop(by, told); err == nil && !c.nothing {
 			p.Stored = append(p.Stored, by)
 		}
 	}
 }
 
 // firewalld finds out whether firewalld runs here, and takes what it is told.
-func (s *session) firewalld(ctx context.Context, p *tproxy.Persistence, running func(comm string) bool) {
+func (s *session) firewalld(ctx context.Context, p *tproxy.Persistence, told bool) {
 	if _, err := s.m.disk().Lstat(directFolder); err != nil {
 		p.NoFirewalld = "firewalld is not installed: " + directFolder + " is not there"
+		return
+	}
+	if !s.storeHere(tproxy.PersistFirewalld, told) {
+		p.NoFirewalld = directFolder + " is another network namespace's"
 		return
 	}
 	file, err := s.readDirect()
@@ -79,7 +75,7 @@ func (s *session) firewalld(ctx context.Context, p *tproxy.Persistence, running 
 	if err != nil {
 		p.NoFirewalld = err.Error()
 	}
-	if p.Firewalld = running("firewalld"); !p.Firewalld {
+	if p.Firewalld = s.runsFirewalld(); !p.Firewalld {
 		return
 	}
 	// A firewalld that failed to load its rules has loaded none of direct.xml.
@@ -122,10 +118,22 @@ func (s *session) storeHere(by tproxy.Persist, told bool) bool {
 	return dns.MayWrite(directName, env.Env.Mounts, env.Namespaces) == nil
 }
 
-// anyStored reports whether anything of ours is there of a way.
-func (s *session) anyStored(by tproxy.Persist) (bool, error) {
+// runsFirewalld reports whether firewalld runs in this network namespace.
+func (s *session) runsFirewalld() bool {
+	return s.m.resolvConf(directName, true).Env.Running("firewalld")
+}
+
+// drop is dropStored, and nothing where the files are another network namespace's. Whose
+// they are is asked only where there is something: that reads the mounts of two processes.
+func (s *session) drop(by tproxy.Persist, told bool) (hostChange, error) {
+	if s.elsewhere {
+		return hostChange{nothing: true}, nil
+	}
 	c, err := s.dropStored(by)
-	return err == nil && !c.nothing, err
+	if err == nil && c.nothing || s.storeHere(by, told) {
+		return c, err
+	}
+	return hostChange{nothing: true}, nil
 }
 
 // dropStored is the change that takes everything of a way out.
@@ -350,7 +358,7 @@ func (s *session) direct(want rules.Set) (hostChange, error) {
 			c.notes = append(c.notes, directName+" was written anew by somebody else since, as firewall-cmd --permanent --direct does: what is ours was taken out element by element")
 		}
 	}
-	if len(gone.Removed) > 0 && s.m.resolvConf(directName, true).Env.Running("firewalld") {
+	if len(gone.Removed) > 0 && s.runsFirewalld() {
 		c.notes = append(c.notes, "firewalld has in memory what it loaded from there, and counts it, until firewall-cmd --reload")
 	}
 	for _, d := range gone.Doubtful {
@@ -390,8 +398,8 @@ func (t *transaction) lookAtStored(ctx context.Context, rec tproxy.Record) error
 		var err error
 		step := fmt.Stringer(tproxy.StoreRules{By: by})
 		switch wanted := slices.Contains(stores, by); {
-		case !t.storeHere(by, told):
-			continue
+		case wanted && !t.storeHere(by, told):
+			err = fmt.Errorf("the files of %s are another network namespace's", by)
 		case wanted && by == tproxy.PersistFirewalld:
 			c, err = t.direct(t.plan.WithRecord(rec))
 			if err == nil && !c.nothing && !t.dryRun && !t.tried {
@@ -402,7 +410,7 @@ func (t *transaction) lookAtStored(ctx context.Context, rec tproxy.Record) error
 			c, err = t.unit(t.plan, rec)
 		default:
 			step = tproxy.DropStored{By: by}
-			c, err = t.dropStored(by)
+			c, err = t.drop(by, told)
 		}
 		if err != nil {
 			return &ApplyError{Step: step.String(), Err: err, Remedy: storeRemedy(step)}

@@ -218,6 +218,9 @@ func Namespaces() dns.Namespaces {
 	return dns.Namespaces{Self: network("thread-self"), Init: network("1"), InitMounts: Mounts("1")}
 }
 
+// Networks are the Self and Init of Namespaces, without the mounts.
+func Networks() (self, first string) { return network("thread-self"), network("1") }
+
 // network identifies the network namespace of a process; empty where that cannot
 // be told. The link in /proc/PID/ns takes the rights to trace the process
 // (namespaces(7)), which root in a container need not have over process 1. So it is
