@@ -277,7 +277,7 @@ func (l *looker) leftFiles(ctx context.Context, gone string) error {
 		}
 	}
 	for _, by := range ways {
-		if c, err := l.drop(by, false); err == nil && !c.nothing {
+		if c, err := l.unstore(by, false); err == nil && !c.nothing {
 			l.drift(tproxy.Drift{Kind: tproxy.DriftStored, Is: c.undo, Why: gone + "; a restart would bring it back"})
 		}
 	}

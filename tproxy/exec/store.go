@@ -52,7 +52,7 @@ func (s *session) persistence(ctx context.Context, asked tproxy.Persist, h *tpro
 		s.firewalld(ctx, p, told)
 	}
 	for _, by := range ways {
-		if c, err := s.drop(by, told); err == nil && !c.nothing {
+		if c, err := s.unstore(by, told); err == nil && !c.nothing {
 			p.Stored = append(p.Stored, by)
 		}
 	}
@@ -123,9 +123,9 @@ func (s *session) runsFirewalld() bool {
 	return s.m.resolvConf(directName, true).Env.Running("firewalld")
 }
 
-// drop is dropStored, and nothing where the files are another network namespace's. Whose
+// unstore is dropStored, and nothing where the files are another network namespace's. Whose
 // they are is asked only where there is something: that reads the mounts of two processes.
-func (s *session) drop(by tproxy.Persist, told bool) (hostChange, error) {
+func (s *session) unstore(by tproxy.Persist, told bool) (hostChange, error) {
 	if s.elsewhere {
 		return hostChange{nothing: true}, nil
 	}
@@ -410,7 +410,7 @@ func (t *transaction) lookAtStored(ctx context.Context, rec tproxy.Record) error
 			c, err = t.unit(t.plan, rec)
 		default:
 			step = tproxy.DropStored{By: by}
-			c, err = t.drop(by, told)
+			c, err = t.unstore(by, told)
 		}
 		if err != nil {
 			return &ApplyError{Step: step.String(), Err: err, Remedy: storeRemedy(step)}
