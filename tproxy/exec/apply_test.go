@@ -149,10 +149,10 @@ func TestFreshInstall(t *testing.T) {
 				t.Fatal(err)
 			}
 			ip, ip6 := b.String(), "ip6"+strings.TrimPrefix(b.String(), "ip")
-			same(t, "processes", m.programs(), []string{ip + "-save", ip6 + "-save", ip + "-restore --noflush --wait=5", ip6 + "-restore --noflush --wait=5"})
+			same(t, "processes", m.programs(), []string{ip + "-restore --noflush --wait=5", ip6 + "-restore --noflush --wait=5"})
 			same(t, "steps", r.Steps, []string{
 				"IPv4 rules by " + ip + "-restore", "IPv6 rules by " + ip6 + "-restore", "ip address add ::6/128 dev lo"})
-			if !r.Changed || r.Processes != 4 || r.Retries != 0 || r.Backend != b || r.Why != "asked for" {
+			if !r.Changed || r.Processes != 2 || r.Retries != 0 || r.Backend != b || r.Why != "asked for" {
 				t.Errorf("report: %+v", r)
 			}
 			if !m.addresses[passthrough6] {
@@ -229,7 +229,7 @@ func TestIPv6Off(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	same(t, "processes", m.programs(), []string{"iptables-nft-save", "iptables-nft-restore --noflush --wait=5"})
+	same(t, "processes", m.programs(), []string{"iptables-nft-restore --noflush --wait=5"})
 	if len(m.addresses) > 0 || len(r.Families) != 1 || !slices.Contains(p.Notes, "IPv6 is off here (disable_ipv6 is 1) and left out") {
 		t.Errorf("addresses %v, report %+v, notes %q", m.addresses, r, p.Notes)
 	}
