@@ -361,6 +361,9 @@ func (s *session) direct(want rules.Set) (hostChange, error) {
 	if len(gone.Removed) > 0 && s.runsFirewalld() {
 		c.notes = append(c.notes, "firewalld has in memory what it loaded from there, and counts it, until firewall-cmd --reload")
 	}
+	if len(gone.Kuma) > 0 {
+		c.notes = append(c.notes, fmt.Sprintf("rules of Kuma's own --store-firewalld go from %s: %s", directName, strings.Join(gone.Kuma, ", ")))
+	}
 	for _, d := range gone.Doubtful {
 		c.notes = append(c.notes, fmt.Sprintf("left in %s, as it may be Kuma's or anybody else's: %s", directName, d))
 	}

@@ -615,6 +615,28 @@ func TestStatusOfStored(t *testing.T) {
 	}
 }
 
+// What Kuma's --store-firewalld left goes, and nothing else, whatever brings ours back.
+func TestStoreCleansKumas(t *testing.T) {
+	const left = `<rule ipv="ipv4" table="nat" chain="OUTPUT" priority="4">-p tcp -j KUMA_MESH_OUTBOUND</rule><chain ipv="ipv4" table="nat" chain="KUMA_MESH_OUTBOUND"/>`
+	for _, c := range []tproxy.Config{{}, {Persist: tproxy.PersistNone}, {Persist: tproxy.PersistSystemd}} {
+		m := booted(t, "firewalld")
+		m.file(t, "etc/firewalld/direct.xml", strings.Replace(othersDirect, "</direct>", left+"\n</direct>", 1))
+		r := m.mustStore(t, c)
+		if text := m.text(t, "etc/firewalld/direct.xml"); strings.Contains(text, left) {
+			t.Errorf("%s: %s", c.Persist, text)
+		}
+		if said := strings.Join(r.Notes, "\n"); c.Persist != tproxy.PersistAuto && !strings.Contains(said, "rules of Kuma's own --store-firewalld go from") {
+			t.Errorf("%s: %s", c.Persist, said)
+		}
+		if _, err := m.runner().Remove(t.Context(), RemoveOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if text := m.text(t, "etc/firewalld/direct.xml"); strings.Contains(text, "MESH") || !strings.Contains(text, "--dport 9 -j ACCEPT") {
+			t.Errorf("%s, uninstalled: %s", c.Persist, text)
+		}
+	}
+}
+
 // A unit of others of our name is not taken away, nor what goes with it.
 func TestRemoveLeavesUnitsOfOthers(t *testing.T) {
 	m := booted(t)
