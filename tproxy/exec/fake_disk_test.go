@@ -54,6 +54,9 @@ func (d rooted) Rename(from, to string) error {
 	if err := d.write(); err != nil {
 		return err
 	}
+	if d.m.mounted != "" && to == d.m.mounted {
+		return dns.ErrBusy
+	}
 	return files.FS{}.Rename(d.at(from), d.at(to))
 }
 

@@ -629,3 +629,93 @@ func TestRemoveLeavesUnitsOfOthers(t *testing.T) {
 	}
 	sameText(t, "uninstalled", before, m.tree(t))
 }
+
+// A direct.xml that is a bind mount cannot be replaced: it is written to, and cut.
+func TestStoreBindMount(t *testing.T) {
+	m := booted(t, "firewalld")
+	m.mounted = directName
+	before := m.tree(t)
+	m.mustStore(t, tproxy.Config{})
+	if r := m.mustStore(t, tproxy.Config{}); r.Changed {
+		t.Errorf("the same again: %q", r.Steps)
+	}
+	m.mustStore(t, tproxy.Config{IPFamilyMode: tproxy.IPv4Only})
+	alone := booted(t, "firewalld")
+	alone.mustStore(t, tproxy.Config{IPFamilyMode: tproxy.IPv4Only})
+	sameText(t, "shorter", alone.tree(t), m.tree(t))
+	m.onRun = func(c command) (result, bool) {
+		return result{Exit: 1, Stderr: []byte("Job failed")}, len(c.Args) > 1 && c.Args[0] == "restart"
+	}
+	if _, err := m.store(t, tproxy.Config{}); err == nil {
+		t.Error("no error")
+	}
+	sameText(t, "failed", alone.tree(t), m.tree(t))
+	m.onRun = nil
+	if _, err := m.runner().Remove(t.Context(), RemoveOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	sameText(t, "uninstalled", before, m.tree(t))
+}
+
+// What others keep in a folder of our name is no half of an install.
+func TestFilesBesideOurs(t *testing.T) {
+	for _, name := range []string{"etc/kuma-tproxy/proxy.yaml", "etc/kuma-tproxy/.git/HEAD"} {
+		m := booted(t)
+		m.file(t, name, "a: 1\n")
+		before := m.tree(t)
+		if s, err := m.runner().Status(t.Context()); err != nil || s.State != StateAbsent {
+			t.Errorf("%+v, %v", s, err)
+		}
+		if r, err := m.runner().Remove(t.Context(), RemoveOptions{}); err != nil || r.Changed {
+			t.Errorf("%+v, %v", r, err)
+		}
+		m.mustStore(t, tproxy.Config{})
+		if _, err := m.runner().Remove(t.Context(), RemoveOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		sameText(t, "uninstalled", before, m.tree(t))
+	}
+}
+
+// Ours in a direct.xml that was moved, and linked to, since is not passed over: firewalld
+// loads it.
+func TestRemoveOursBehindLink(t *testing.T) {
+	for _, to := range []string{"direct.xml.git", "/etc/firewalld/direct.xml.git"} {
+		m := booted(t, "firewalld")
+		m.mustStore(t, tproxy.Config{})
+		name := filepath.Join(m.root, "etc/firewalld/direct.xml")
+		if err := errors.Join(os.Rename(name, name+".git"), os.Symlink(to, name)); err != nil {
+			t.Fatal(err)
+		}
+		before, host := m.tree(t), m.all()
+		if _, err := m.runner().Remove(t.Context(), RemoveOptions{}); err == nil || !strings.Contains(err.Error(), "is a symbolic link, to "+to) {
+			t.Errorf("%v", err)
+		}
+		sameText(t, "uninstalled", before, m.tree(t))
+		sameText(t, "uninstalled", host, m.all())
+		m.file(t, "etc/firewalld/direct.xml.git", othersDirect)
+		if _, err := m.runner().Remove(t.Context(), RemoveOptions{}); err != nil {
+			t.Errorf("of others: %v", err)
+		}
+	}
+}
+
+// A direct.xml that is no file keeps nobody from what does not take it.
+func TestDirectIsFolder(t *testing.T) {
+	m := booted(t, "firewalld")
+	name := filepath.Join(m.root, "etc/firewalld/direct.xml")
+	if err := errors.Join(os.Remove(name), os.Mkdir(name, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	before := m.tree(t)
+	if _, err := m.store(t, tproxy.Config{Persist: tproxy.PersistFirewalld}); err == nil || !strings.Contains(err.Error(), "is no regular file") {
+		t.Errorf("%v", err)
+	}
+	for _, by := range []tproxy.Persist{tproxy.PersistNone, tproxy.PersistSystemd} {
+		m.mustStore(t, tproxy.Config{Persist: by})
+		if _, err := m.runner().Remove(t.Context(), RemoveOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		sameText(t, by.String(), before, m.tree(t))
+	}
+}
