@@ -719,3 +719,28 @@ func TestDirectIsFolder(t *testing.T) {
 		sameText(t, by.String(), before, m.tree(t))
 	}
 }
+
+// Root runs no program that people can replace, as those of a group that they all are in.
+func TestUnstable(t *testing.T) {
+	for _, test := range []struct {
+		mode fs.FileMode
+		gid  int
+		want string
+	}{
+		{0o755, 100, ""}, {0o775, 0, ""}, {0o775, 50, ""},
+		{0o775, 100, "mode 0775, can be changed by others"}, {0o775, 1000, "can be changed by others"}, {0o757, 0, "can be changed by others"},
+	} {
+		m := booted(t)
+		dir := filepath.Join(m.root, "usr/local/bin")
+		if err := errors.Join(os.Chown(dir, 0, test.gid), os.Chmod(dir, test.mode)); err != nil {
+			t.Skip(err)
+		}
+		s, err := m.runner().session()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := s.unstable(); !strings.Contains(got, test.want) || (got == "") != (test.want == "") {
+			t.Errorf("%04o of %d: %q", test.mode, test.gid, got)
+		}
+	}
+}

@@ -280,7 +280,7 @@ func (s *session) unstable() string {
 			return err.Error()
 		case info.UID != 0:
 			return fmt.Sprintf("%s is of the user %d, who could have root run another one", p, info.UID)
-		case info.Mode&0o002 != 0, info.Mode&0o020 != 0 && info.GID >= firstUser:
+		case info.Mode&0o002 != 0, info.Mode&0o020 != 0 && (info.GID >= firstUser || info.GID == usersGroup):
 			return fmt.Sprintf("%s, with mode %04o, can be changed by others, who could have root run another one", p, info.Mode)
 		case p == "/":
 			return ""
@@ -289,8 +289,12 @@ func (s *session) unstable() string {
 }
 
 // firstUser is the first group of people: those below are the system's, such as staff,
-// which may write to /usr/local on an older Debian.
-const firstUser = 1000
+// which may write to /usr/local on an older Debian. usersGroup is users, which people are
+// in by default on Debian and SUSE.
+const (
+	firstUser  = 1000
+	usersGroup = 100
+)
 
 // startUnit has systemd run what it runs at boot, now: if that cannot be, it is better
 // known today. While the system is starting, or something else is in the way, nothing
