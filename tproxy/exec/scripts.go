@@ -2,6 +2,7 @@ package exec
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -46,29 +47,33 @@ func (s *session) scripts(p *tproxy.Plan, rec tproxy.Record, service, names *per
 		service.Files = append(service.Files, name)
 	}
 	if p.Config.DNS.ControlPlane.IsValid() && p.Host.Nameserver.Split == tproxy.SplitLink {
-		out = append(out, newFile(namesScript, []byte(namesText(need("ip"), need("resolvectl"), p.Config.DNS.ControlPlane.String()))))
+		out = append(out, newFile(namesScript, []byte(namesText(need("ip"), need("resolvectl"), p.Config.DNS.ControlPlane))))
 		names.Commands = [][]string{{sh, "-e", namesScript}}
 	}
 	return out, err
 }
 
-// namesText does what setMesh does.
-func namesText(ip, resolvectl, server string) string {
+// namesText does what setMesh does. One that fails takes its interface away again: the
+// next start would take that for done.
+func namesText(ip, resolvectl string, server netip.Addr) string {
 	link := tproxy.MeshLink
 	return fmt.Sprintf(`# Made by kuma-tproxy: names in .%[1]s are asked of the control plane.
 %[4]s link show %[2]s >/dev/null 2>&1 && exit 0
 from=$(%[4]s -o route get %[3]s | sed -n 's/.* src \([^ ]*\).*/\1/p')
+trap 'exit 1' HUP INT TERM # as dash runs no trap of EXIT then
+gone() { test $? = 0 || %[4]s link delete %[2]s 2>/dev/null; }
+trap gone EXIT
 %[4]s link add %[2]s group %[6]d type dummy 2>/dev/null || {
 	%[4]s link add %[2]s group %[6]d type veth peer name %[2]s-p
 	%[4]s link set %[2]s-p addrgenmode none up
 }
 %[4]s link set %[2]s addrgenmode none up
-%[4]s address add "$from/32" dev %[2]s
+%[4]s address add "$from/%[7]d" dev %[2]s
 until %[5]s default-route %[2]s no; do sleep 0.1; done # until it hears of the interface
 for off in llmnr mdns dnssec dnsovertls; do %[5]s $off %[2]s no; done
 %[5]s domain %[2]s '~%[1]s'
 %[5]s dns %[2]s %[3]s
-`, dns.Mesh, link, server, quoted(ip), quoted(resolvectl), kernel.LinkGroup)
+`, dns.Mesh, link, server, quoted(ip), quoted(resolvectl), kernel.LinkGroup, hostPrefix(server).Bits())
 }
 
 // quoted is one word of sh.

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
+	osexec "os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -741,6 +743,49 @@ func TestUnstable(t *testing.T) {
 		}
 		if got := s.unstable(); !strings.Contains(got, test.want) || (got == "") != (test.want == "") {
 			t.Errorf("%04o of %d: %q", test.mode, test.gid, got)
+		}
+	}
+}
+
+// The script that tells systemd-resolved leaves no half, which its next start would take
+// for done, and no more than an address on the interface.
+func TestNamesScript(t *testing.T) {
+	dir := t.TempDir()
+	program := func(name, text string) string {
+		p := filepath.Join(dir, name)
+		if err := os.WriteFile(p, []byte("#!/bin/sh\n"+text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	ip := program("ip", `cd `+dir+`; echo "$*" >>log
+case "$*" in
+"link show"*) test -e link ;;
+*"route get"*) echo "x via y src 192.0.2.7 uid 0" ;;
+"link add"*) touch link ;;
+"link delete"*) rm link ;;
+esac
+`)
+	resolvectl := program("resolvectl", `test "$1" = default-route || test -e `+dir+`/up || exit 1`)
+	for server, prefix := range map[string]string{"10.0.0.9": "/32", "fd00::9": "/128"} {
+		script := filepath.Join(dir, "names.sh")
+		if err := os.WriteFile(script, []byte(namesText(ip, resolvectl, netip.MustParseAddr(server))), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		for _, up := range []bool{false, false, true, true} {
+			if up {
+				program("up", "")
+			}
+			out, err := osexec.CommandContext(t.Context(), "sh", "-e", script).CombinedOutput()
+			if _, gone := os.Stat(filepath.Join(dir, "link")); (err == nil) != up || (gone == nil) != up {
+				t.Errorf("%s, %t: %v, %v, %s", server, up, err, gone, out)
+			}
+		}
+		if log, err := os.ReadFile(filepath.Join(dir, "log")); err != nil || !strings.Contains(string(log), "address add 192.0.2.7"+prefix+" dev "+tproxy.MeshLink+"\n") {
+			t.Errorf("%s: %s, %v", server, log, err)
+		}
+		for _, f := range []string{"link", "up", "log"} {
+			_ = os.Remove(filepath.Join(dir, f))
 		}
 	}
 }
