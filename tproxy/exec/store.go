@@ -421,6 +421,9 @@ func (t *transaction) lookAtStored(ctx context.Context, rec tproxy.Record) error
 			if err == nil && !c.nothing && !t.dryRun && !t.tried {
 				t.tried = true
 				err = t.tryDirect(ctx, t.plan.WithRecord(rec))
+				if err != nil && t.bare && !rec.Bare && lacksComments(err) {
+					t.tried, err = false, nil // by keep, with what is written without them
+				}
 			}
 		case wanted:
 			c, err = t.unit(t.plan, rec)

@@ -295,6 +295,18 @@ func TestStoreFails(t *testing.T) {
 		{"a drop-in of others", func(t *testing.T, m *fakeMachine) {
 			m.file(t, "etc/systemd/system/nftables.service.d/kuma-transparent-proxy.conf", "")
 		}, tproxy.Config{}, "is there and is not ours"},
+		{"a folder that others may write to", func(t *testing.T, m *fakeMachine) {
+			m.folder(t, "etc/kuma-tproxy")
+			if err := os.Chmod(filepath.Join(m.root, "etc/kuma-tproxy"), 0o777); err != nil {
+				t.Fatal(err)
+			}
+			m.file(t, "etc/kuma-tproxy/proxy.yaml", "")
+		}, tproxy.Config{}, "with mode 0777: others could have root run at boot"},
+		{"a folder that is a symbolic link", func(t *testing.T, m *fakeMachine) {
+			if err := os.Symlink("/srv", filepath.Join(m.root, "etc/kuma-tproxy")); err != nil {
+				t.Fatal(err)
+			}
+		}, tproxy.Config{}, "/etc/kuma-tproxy\" is no folder"},
 		{"not XML", func(t *testing.T, m *fakeMachine) { m.file(t, "etc/firewalld/direct.xml", "rules:\n") }, tproxy.Config{}, "direct.xml line 1"},
 		{"an element that nobody knows", func(t *testing.T, m *fakeMachine) {
 			m.file(t, "etc/firewalld/direct.xml", "<direct><rich/></direct>")
@@ -787,5 +799,25 @@ esac
 		for _, f := range []string{"link", "up", "log"} {
 			_ = os.Remove(filepath.Join(dir, f))
 		}
+	}
+}
+
+// Without comments in the kernel the direct rules have none either, and so they are tried.
+func TestStoreBare(t *testing.T) {
+	m := booted(t, "firewalld")
+	tried := false
+	m.onRun = func(c command) (result, bool) {
+		if strings.Contains(string(c.Stdin), "-m comment") {
+			return result{Exit: 2, Stderr: []byte("iptables-restore v1.8.9 (nf_tables): Couldn't load match `comment':No such file or directory\n\nError occurred at line: 5\n")}, true
+		}
+		tried = tried || slices.Contains(c.Args, "--test")
+		return result{}, false
+	}
+	m.mustStore(t, tproxy.Config{DisableComments: true})
+	if text := m.text(t, "etc/firewalld/direct.xml"); !tried || strings.Contains(text, "-m comment") || !strings.Contains(text, "MESH_RECORD") {
+		t.Errorf("tried: %t, %s", tried, text)
+	}
+	if r := m.mustStore(t, tproxy.Config{DisableComments: true}); r.Changed {
+		t.Errorf("the same again: %q", r.Steps)
 	}
 }
