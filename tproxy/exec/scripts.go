@@ -1,6 +1,7 @@
 package exec
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -23,9 +24,13 @@ const namesScript = storeDir + "/names.sh"
 // do it.
 func (s *session) scripts(p *tproxy.Plan, rec tproxy.Record, service, names *persist.Service) (out []storedFile, err error) {
 	need := func(name string) (path string) {
-		path, _ = s.m.find(name)
-		if path == "" && err == nil {
+		path, target := s.m.find(name)
+		switch {
+		case err != nil:
+		case path == "":
 			err = fmt.Errorf("%s is not on PATH, %s: %w", name, strings.Join(programDirs, ", "), ErrUnsupported)
+		default:
+			err = s.mayRun(path, target)
 		}
 		return path
 	}
@@ -40,6 +45,12 @@ func (s *session) scripts(p *tproxy.Plan, rec tproxy.Record, service, names *per
 			service.Commands = append(service.Commands, []string{need("ip"), "-6", "address", "replace", hostPrefix(v6).String(), "dev", "lo"})
 		}
 		name, programs := scriptName(f), v.For(f)
+		for _, p := range []string{programs.Save, programs.Restore} {
+			_, target := s.m.find(p)
+			if err == nil {
+				err = s.mayRun(p, target)
+			}
+		}
 		out = append(out, newFile(name, p.WithRecord(rec).IPTables(f)))
 		// What stands already is not loaded twice: the jumps would be there twice.
 		service.Commands = append(service.Commands, []string{sh, "-c",
@@ -51,6 +62,15 @@ func (s *session) scripts(p *tproxy.Plan, rec tproxy.Record, service, names *per
 		names.Commands = [][]string{{sh, "-e", namesScript}}
 	}
 	return out, err
+}
+
+// mayRun is an error for a program that a unit must not run: PATH may be that of somebody
+// who became root.
+func (s *session) mayRun(path, target string) error {
+	if why := cmp.Or(s.changeable(path), s.changeable(cmp.Or(target, path))); why != "" {
+		return fmt.Errorf("%s, which root would run at boot: %s: accepted is a program of root's; leave others out of PATH", path, why)
+	}
+	return nil
 }
 
 // namesText does what setMesh does. One that fails takes its interface away again: the

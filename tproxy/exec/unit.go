@@ -296,16 +296,29 @@ func (s *session) unstable() string {
 			return name + " will not be there"
 		}
 	}
+	if _, err := s.m.disk().Lstat(name); err != nil {
+		return err.Error()
+	}
+	return s.changeable(name)
+}
+
+// changeable is the reason for which somebody else than root could have another program
+// run in place of one; empty where nobody could. What a symbolic link leads to is another
+// path.
+func (s *session) changeable(name string) string {
 	for p := path.Clean(name); ; p = path.Dir(p) {
 		info, err := s.m.disk().Lstat(p)
 		switch {
-		case err != nil:
+		case err != nil && !errors.Is(err, fs.ErrNotExist):
 			return err.Error()
+		case err != nil:
 		case info.UID != 0:
 			return fmt.Sprintf("%s is of the user %d, who could have root run another one", p, info.UID)
+		case info.Kind == dns.Symlink: // its mode says nothing (symlink(7))
 		case info.Mode&0o002 != 0, info.Mode&0o020 != 0 && (info.GID >= firstUser || info.GID == usersGroup):
 			return fmt.Sprintf("%s, with mode %04o, can be changed by others, who could have root run another one", p, info.Mode)
-		case p == "/":
+		}
+		if p == "/" {
 			return ""
 		}
 	}
