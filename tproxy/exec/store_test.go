@@ -309,12 +309,11 @@ func TestStoreFails(t *testing.T) {
 		}, tproxy.Config{}, "/etc/kuma-tproxy\" is no folder"},
 		{"a program of somebody's on PATH", func(t *testing.T, m *fakeMachine) {
 			m.folder(t, "usr/sbin")
-			name := filepath.Join(m.root, "usr/sbin/ip")
 			m.file(t, "usr/sbin/ip", "")
-			if err := errors.Join(os.Chown(name, 1000, 1000), os.Chmod(filepath.Join(m.root, "usr/local/bin"), 0o777)); err != nil {
+			if err := errors.Join(os.Chmod(filepath.Join(m.root, "usr/sbin/ip"), 0o757), os.Chmod(filepath.Join(m.root, "usr/local/bin"), 0o777)); err != nil {
 				t.Fatal(err)
 			}
-		}, tproxy.Config{}, "/usr/sbin/ip, which root would run at boot: /usr/sbin/ip is of the user 1000"},
+		}, tproxy.Config{}, "/usr/sbin/ip, which root would run at boot: /usr/sbin/ip, with mode 0757, can be changed"},
 		{"not XML", func(t *testing.T, m *fakeMachine) { m.file(t, "etc/firewalld/direct.xml", "rules:\n") }, tproxy.Config{}, "direct.xml line 1"},
 		{"an element that nobody knows", func(t *testing.T, m *fakeMachine) {
 			m.file(t, "etc/firewalld/direct.xml", "<direct><rich/></direct>")
