@@ -113,6 +113,7 @@ func (l Loader) load(sources []Source, faults []tproxy.ConfigFault, over map[str
 	if faults != nil {
 		return nil, &tproxy.ConfigError{Faults: faults}
 	}
+	g.persistence()
 	out := &Loaded{From: map[string]string{}}
 	for path, v := range g.leaves {
 		if v.json == nil {
@@ -130,6 +131,20 @@ func (l Loader) load(sources []Source, faults []tproxy.ConfigFault, over map[str
 	out.Settings = d.Settings
 	out.Warnings = append(g.warnings, located(d.Warnings, out.From)...)
 	return out, nil
+}
+
+// persistence leaves one of two keys for one setting, where they are of two layers: what
+// a file says takes the place of what is installed, whichever word it has for it. A false
+// storeFirewalld says nothing.
+func (g *loading) persistence() {
+	ours, kumas := g.leaves["persist"], g.leaves["storeFirewalld"]
+	switch {
+	case ours.json == nil || string(kumas.json) != "true":
+	case ours.layer > kumas.layer:
+		delete(g.leaves, "storeFirewalld")
+	case ours.layer < kumas.layer:
+		delete(g.leaves, "persist")
+	}
 }
 
 // located gives faults their sources.

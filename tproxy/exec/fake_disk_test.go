@@ -28,7 +28,15 @@ func (d rooted) write() error {
 	return nil
 }
 
-func (d rooted) Lstat(name string) (dns.Info, error) { return files.FS{}.Lstat(d.at(name)) }
+// Lstat takes whoever runs the tests for root.
+func (d rooted) Lstat(name string) (dns.Info, error) {
+	info, err := files.FS{}.Lstat(d.at(name))
+	if err == nil && info.UID == uint32(os.Geteuid()) {
+		info.UID = 0
+	}
+	return info, err
+}
+
 func (d rooted) ReadFile(name string, limit int) ([]byte, error) {
 	return files.FS{}.ReadFile(d.at(name), limit)
 }
@@ -39,6 +47,9 @@ func (d rooted) Writable(folder string) error         { return files.FS{}.Writab
 func (d rooted) Create(name string, text []byte, like dns.Info) error {
 	if err := d.write(); err != nil {
 		return err
+	}
+	if os.Geteuid() != 0 {
+		like.UID, like.GID = uint32(os.Geteuid()), uint32(os.Getegid())
 	}
 	return files.FS{}.Create(d.at(name), text, like)
 }
@@ -53,6 +64,9 @@ func (d rooted) Overwrite(name string, old, text []byte, size int) error {
 func (d rooted) Rename(from, to string) error {
 	if err := d.write(); err != nil {
 		return err
+	}
+	if d.m.mounted != "" && to == d.m.mounted {
+		return dns.ErrBusy
 	}
 	return files.FS{}.Rename(d.at(from), d.at(to))
 }

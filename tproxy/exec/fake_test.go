@@ -73,6 +73,7 @@ type fakeMachine struct {
 	running              []string // processes
 	systemState          string
 	onWrite              func() (dies bool) // of files
+	mounted              string             // a file that is a bind mount
 
 	commands []command
 	writes   int // restores that were started, addresses changed

@@ -1,7 +1,9 @@
 package exec
 
 import (
+	"cmp"
 	"fmt"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -22,9 +24,13 @@ const namesScript = storeDir + "/names.sh"
 // do it.
 func (s *session) scripts(p *tproxy.Plan, rec tproxy.Record, service, names *persist.Service) (out []storedFile, err error) {
 	need := func(name string) (path string) {
-		path, _ = s.m.find(name)
-		if path == "" && err == nil {
+		path, target := s.m.find(name)
+		switch {
+		case err != nil:
+		case path == "":
 			err = fmt.Errorf("%s is not on PATH, %s: %w", name, strings.Join(programDirs, ", "), ErrUnsupported)
+		default:
+			err = s.mayRun(path, target)
 		}
 		return path
 	}
@@ -39,6 +45,12 @@ func (s *session) scripts(p *tproxy.Plan, rec tproxy.Record, service, names *per
 			service.Commands = append(service.Commands, []string{need("ip"), "-6", "address", "replace", hostPrefix(v6).String(), "dev", "lo"})
 		}
 		name, programs := scriptName(f), v.For(f)
+		for _, p := range []string{programs.Save, programs.Restore} {
+			_, target := s.m.find(p)
+			if err == nil {
+				err = s.mayRun(p, target)
+			}
+		}
 		out = append(out, newFile(name, p.WithRecord(rec).IPTables(f)))
 		// What stands already is not loaded twice: the jumps would be there twice.
 		service.Commands = append(service.Commands, []string{sh, "-c",
@@ -46,29 +58,42 @@ func (s *session) scripts(p *tproxy.Plan, rec tproxy.Record, service, names *per
 		service.Files = append(service.Files, name)
 	}
 	if p.Config.DNS.ControlPlane.IsValid() && p.Host.Nameserver.Split == tproxy.SplitLink {
-		out = append(out, newFile(namesScript, []byte(namesText(need("ip"), need("resolvectl"), p.Config.DNS.ControlPlane.String()))))
+		out = append(out, newFile(namesScript, []byte(namesText(need("ip"), need("resolvectl"), p.Config.DNS.ControlPlane))))
 		names.Commands = [][]string{{sh, "-e", namesScript}}
 	}
 	return out, err
 }
 
-// namesText does what setMesh does.
-func namesText(ip, resolvectl, server string) string {
+// mayRun is an error for a program that a unit must not run: PATH may be that of somebody
+// who became root.
+func (s *session) mayRun(path, target string) error {
+	if why := cmp.Or(s.changeable(path), s.changeable(cmp.Or(target, path))); why != "" {
+		return fmt.Errorf("%s, which root would run at boot: %s: accepted is a program of root's; leave others out of PATH", path, why)
+	}
+	return nil
+}
+
+// namesText does what setMesh does. One that fails takes its interface away again: the
+// next start would take that for done.
+func namesText(ip, resolvectl string, server netip.Addr) string {
 	link := tproxy.MeshLink
 	return fmt.Sprintf(`# Made by kuma-tproxy: names in .%[1]s are asked of the control plane.
 %[4]s link show %[2]s >/dev/null 2>&1 && exit 0
 from=$(%[4]s -o route get %[3]s | sed -n 's/.* src \([^ ]*\).*/\1/p')
+trap 'exit 1' HUP INT TERM # as dash runs no trap of EXIT then
+gone() { test $? = 0 || %[4]s link delete %[2]s 2>/dev/null; }
+trap gone EXIT
 %[4]s link add %[2]s group %[6]d type dummy 2>/dev/null || {
 	%[4]s link add %[2]s group %[6]d type veth peer name %[2]s-p
 	%[4]s link set %[2]s-p addrgenmode none up
 }
 %[4]s link set %[2]s addrgenmode none up
-%[4]s address add "$from/32" dev %[2]s
+%[4]s address add "$from/%[7]d" dev %[2]s
 until %[5]s default-route %[2]s no; do sleep 0.1; done # until it hears of the interface
 for off in llmnr mdns dnssec dnsovertls; do %[5]s $off %[2]s no; done
 %[5]s domain %[2]s '~%[1]s'
 %[5]s dns %[2]s %[3]s
-`, dns.Mesh, link, server, quoted(ip), quoted(resolvectl), kernel.LinkGroup)
+`, dns.Mesh, link, server, quoted(ip), quoted(resolvectl), kernel.LinkGroup, hostPrefix(server).Bits())
 }
 
 // quoted is one word of sh.

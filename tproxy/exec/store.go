@@ -191,9 +191,10 @@ func sideOf(name string) string { return path.Join(path.Dir(name), "."+path.Base
 // halfDone reports whether a run that was killed left a file beside one of these, or a
 // folder of ours with nothing in it.
 func (s *session) halfDone(names ...string) bool {
-	there := func(name string) bool { _, err := s.m.disk().Lstat(name); return err == nil }
+	d := s.m.disk()
+	there := func(name string) bool { _, err := d.Lstat(name); return err == nil }
 	return slices.ContainsFunc(names, func(n string) bool {
-		return there(sideOf(n)) || n == savedName && !there(n) && there(storeDir)
+		return there(sideOf(n)) || n == savedName && there(storeDir) && len(d.Glob(storeDir+"/*"))+len(d.Glob(storeDir+"/.*")) == 0
 	})
 }
 
@@ -233,8 +234,10 @@ func (s *session) put(was, f storedFile) error {
 		err = errors.Join(err, d.Remove(side))
 	}
 	if errors.Is(err, dns.ErrBusy) && now.link == "" {
-		// A bind mount of the file alone; what it is mounted from is written to.
-		return d.Overwrite(f.path, now.text, f.text, len(f.text))
+		// A bind mount of the file alone; what it is mounted from is written to. What is
+		// shorter is filled up first, so that one write has it all (dns.FS).
+		fill := bytes.Repeat([]byte("\n"), max(0, len(now.text)-len(f.text)))
+		return d.Overwrite(f.path, now.text, slices.Concat(f.text, fill), len(f.text))
 	}
 	return err
 }
@@ -313,7 +316,11 @@ func (s *session) readDirect() (storedFile, error) {
 func (s *session) direct(want rules.Set) (hostChange, error) {
 	holds := len(want.Bases)+len(want.Chains) > 0
 	was, err := s.readStored(directName)
-	if err == nil && !holds && s.noneOfOurs(was) && !s.halfDone(directName) {
+	none := err == nil && s.noneOfOurs(was)
+	if k := was.info.Kind; k == dns.Directory || k == dns.Other {
+		none = true // whoever made it, nobody has put anything into it
+	}
+	if none && !holds && !s.halfDone(directName) {
 		return hostChange{nothing: true}, nil
 	}
 	if err == nil {
@@ -374,14 +381,36 @@ func (s *session) direct(want rules.Set) (hostChange, error) {
 // it does not matter whether it can be edited, or read: there is no rule of ours, or
 // Kuma's, without a chain of theirs, and their names are such.
 func (s *session) noneOfOurs(f storedFile) bool {
+	text := f.text
 	if f.info.Kind == dns.Symlink {
-		return true // nobody has put anything through it
+		// We put nothing through one, but somebody may have moved the file since, and
+		// firewalld reads it all the same.
+		text = s.behindLink(f)
 	}
-	d, err := persist.ReadDirect(f.text)
+	d, err := persist.ReadDirect(text)
 	if err != nil {
-		return !bytes.Contains(f.text, []byte("MESH_"))
+		return !bytes.Contains(text, []byte("MESH_"))
 	}
 	return !slices.ContainsFunc(d.Entries, func(e persist.Entry) bool { return e.Owner == persist.Ours })
+}
+
+// mostLinks is how many symbolic links the kernel follows (path_resolution(7)).
+const mostLinks = 40
+
+// behindLink is the text of the file that a symbolic link leads to; nil where there is
+// none.
+func (s *session) behindLink(f storedFile) []byte {
+	for range mostLinks {
+		to := f.link
+		if !path.IsAbs(to) {
+			to = path.Join(path.Dir(f.path), to)
+		}
+		var err error
+		if f, err = s.readStored(to); err != nil || f.link == "" {
+			return f.text
+		}
+	}
+	return nil
 }
 
 // lookAtStored finds, before anything is written, what is to be done for the install to
@@ -408,6 +437,9 @@ func (t *transaction) lookAtStored(ctx context.Context, rec tproxy.Record) error
 			if err == nil && !c.nothing && !t.dryRun && !t.tried {
 				t.tried = true
 				err = t.tryDirect(ctx, t.plan.WithRecord(rec))
+				if err != nil && t.bare && !rec.Bare && lacksComments(err) {
+					t.tried, err = false, nil // by keep, with what is written without them
+				}
 			}
 		case wanted:
 			c, err = t.unit(t.plan, rec)

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
+	osexec "os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -293,6 +295,25 @@ func TestStoreFails(t *testing.T) {
 		{"a drop-in of others", func(t *testing.T, m *fakeMachine) {
 			m.file(t, "etc/systemd/system/nftables.service.d/kuma-transparent-proxy.conf", "")
 		}, tproxy.Config{}, "is there and is not ours"},
+		{"a folder that others may write to", func(t *testing.T, m *fakeMachine) {
+			m.folder(t, "etc/kuma-tproxy")
+			if err := os.Chmod(filepath.Join(m.root, "etc/kuma-tproxy"), 0o777); err != nil {
+				t.Fatal(err)
+			}
+			m.file(t, "etc/kuma-tproxy/proxy.yaml", "")
+		}, tproxy.Config{}, "with mode 0777: others could have root run at boot"},
+		{"a folder that is a symbolic link", func(t *testing.T, m *fakeMachine) {
+			if err := os.Symlink("/srv", filepath.Join(m.root, "etc/kuma-tproxy")); err != nil {
+				t.Fatal(err)
+			}
+		}, tproxy.Config{}, "/etc/kuma-tproxy\" is no folder"},
+		{"a program of somebody's on PATH", func(t *testing.T, m *fakeMachine) {
+			m.folder(t, "usr/sbin")
+			m.file(t, "usr/sbin/ip", "")
+			if err := errors.Join(os.Chmod(filepath.Join(m.root, "usr/sbin/ip"), 0o757), os.Chmod(filepath.Join(m.root, "usr/local/bin"), 0o777)); err != nil {
+				t.Fatal(err)
+			}
+		}, tproxy.Config{}, "/usr/sbin/ip, which root would run at boot: /usr/sbin/ip, with mode 0757, can be changed"},
 		{"not XML", func(t *testing.T, m *fakeMachine) { m.file(t, "etc/firewalld/direct.xml", "rules:\n") }, tproxy.Config{}, "direct.xml line 1"},
 		{"an element that nobody knows", func(t *testing.T, m *fakeMachine) {
 			m.file(t, "etc/firewalld/direct.xml", "<direct><rich/></direct>")
@@ -650,4 +671,182 @@ func TestRemoveLeavesUnitsOfOthers(t *testing.T) {
 		t.Fatal(err)
 	}
 	sameText(t, "uninstalled", before, m.tree(t))
+}
+
+// A direct.xml that is a bind mount cannot be replaced: it is written to, and cut.
+func TestStoreBindMount(t *testing.T) {
+	m := booted(t, "firewalld")
+	m.mounted = directName
+	before := m.tree(t)
+	m.mustStore(t, tproxy.Config{})
+	if r := m.mustStore(t, tproxy.Config{}); r.Changed {
+		t.Errorf("the same again: %q", r.Steps)
+	}
+	m.mustStore(t, tproxy.Config{IPFamilyMode: tproxy.IPv4Only})
+	alone := booted(t, "firewalld")
+	alone.mustStore(t, tproxy.Config{IPFamilyMode: tproxy.IPv4Only})
+	sameText(t, "shorter", alone.tree(t), m.tree(t))
+	m.onRun = func(c command) (result, bool) {
+		return result{Exit: 1, Stderr: []byte("Job failed")}, len(c.Args) > 1 && c.Args[0] == "restart"
+	}
+	if _, err := m.store(t, tproxy.Config{}); err == nil {
+		t.Error("no error")
+	}
+	sameText(t, "failed", alone.tree(t), m.tree(t))
+	m.onRun = nil
+	if _, err := m.runner().Remove(t.Context(), RemoveOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	sameText(t, "uninstalled", before, m.tree(t))
+}
+
+// What others keep in a folder of our name is no half of an install.
+func TestFilesBesideOurs(t *testing.T) {
+	for _, name := range []string{"etc/kuma-tproxy/proxy.yaml", "etc/kuma-tproxy/.git/HEAD"} {
+		m := booted(t)
+		m.file(t, name, "a: 1\n")
+		before := m.tree(t)
+		if s, err := m.runner().Status(t.Context()); err != nil || s.State != StateAbsent {
+			t.Errorf("%+v, %v", s, err)
+		}
+		if r, err := m.runner().Remove(t.Context(), RemoveOptions{}); err != nil || r.Changed {
+			t.Errorf("%+v, %v", r, err)
+		}
+		m.mustStore(t, tproxy.Config{})
+		if _, err := m.runner().Remove(t.Context(), RemoveOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		sameText(t, "uninstalled", before, m.tree(t))
+	}
+}
+
+// Ours in a direct.xml that was moved, and linked to, since is not passed over: firewalld
+// loads it.
+func TestRemoveOursBehindLink(t *testing.T) {
+	for _, to := range []string{"direct.xml.git", "/etc/firewalld/direct.xml.git"} {
+		m := booted(t, "firewalld")
+		m.mustStore(t, tproxy.Config{})
+		name := filepath.Join(m.root, "etc/firewalld/direct.xml")
+		if err := errors.Join(os.Rename(name, name+".git"), os.Symlink(to, name)); err != nil {
+			t.Fatal(err)
+		}
+		before, host := m.tree(t), m.all()
+		if _, err := m.runner().Remove(t.Context(), RemoveOptions{}); err == nil || !strings.Contains(err.Error(), "is a symbolic link, to "+to) {
+			t.Errorf("%v", err)
+		}
+		sameText(t, "uninstalled", before, m.tree(t))
+		sameText(t, "uninstalled", host, m.all())
+		m.file(t, "etc/firewalld/direct.xml.git", othersDirect)
+		if _, err := m.runner().Remove(t.Context(), RemoveOptions{}); err != nil {
+			t.Errorf("of others: %v", err)
+		}
+	}
+}
+
+// A direct.xml that is no file keeps nobody from what does not take it.
+func TestDirectIsFolder(t *testing.T) {
+	m := booted(t, "firewalld")
+	name := filepath.Join(m.root, "etc/firewalld/direct.xml")
+	if err := errors.Join(os.Remove(name), os.Mkdir(name, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	before := m.tree(t)
+	if _, err := m.store(t, tproxy.Config{Persist: tproxy.PersistFirewalld}); err == nil || !strings.Contains(err.Error(), "is no regular file") {
+		t.Errorf("%v", err)
+	}
+	for _, by := range []tproxy.Persist{tproxy.PersistNone, tproxy.PersistSystemd} {
+		m.mustStore(t, tproxy.Config{Persist: by})
+		if _, err := m.runner().Remove(t.Context(), RemoveOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		sameText(t, by.String(), before, m.tree(t))
+	}
+}
+
+// Root runs no program that people can replace, as those of a group that they all are in.
+func TestUnstable(t *testing.T) {
+	for _, test := range []struct {
+		mode fs.FileMode
+		gid  int
+		want string
+	}{
+		{0o755, 100, ""}, {0o775, 0, ""}, {0o775, 50, ""},
+		{0o775, 100, "mode 0775, can be changed by others"}, {0o775, 1000, "can be changed by others"}, {0o757, 0, "can be changed by others"},
+	} {
+		m := booted(t)
+		dir := filepath.Join(m.root, "usr/local/bin")
+		if err := errors.Join(os.Chown(dir, 0, test.gid), os.Chmod(dir, test.mode)); err != nil {
+			t.Skip(err)
+		}
+		s, err := m.runner().session()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := s.unstable(); !strings.Contains(got, test.want) || (got == "") != (test.want == "") {
+			t.Errorf("%04o of %d: %q", test.mode, test.gid, got)
+		}
+	}
+}
+
+// The script that tells systemd-resolved leaves no half, which its next start would take
+// for done, and no more than an address on the interface.
+func TestNamesScript(t *testing.T) {
+	dir := t.TempDir()
+	program := func(name, text string) string {
+		p := filepath.Join(dir, name)
+		if err := os.WriteFile(p, []byte("#!/bin/sh\n"+text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	ip := program("ip", `cd `+dir+`; echo "$*" >>log
+case "$*" in
+"link show"*) test -e link ;;
+*"route get"*) echo "x via y src 192.0.2.7 uid 0" ;;
+"link add"*) touch link ;;
+"link delete"*) rm link ;;
+esac
+`)
+	resolvectl := program("resolvectl", `test "$1" = default-route || test -e `+dir+`/up || exit 1`)
+	for server, prefix := range map[string]string{"10.0.0.9": "/32", "fd00::9": "/128"} {
+		script := filepath.Join(dir, "names.sh")
+		if err := os.WriteFile(script, []byte(namesText(ip, resolvectl, netip.MustParseAddr(server))), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		for _, up := range []bool{false, false, true, true} {
+			if up {
+				program("up", "")
+			}
+			out, err := osexec.CommandContext(t.Context(), "sh", "-e", script).CombinedOutput()
+			if _, gone := os.Stat(filepath.Join(dir, "link")); (err == nil) != up || (gone == nil) != up {
+				t.Errorf("%s, %t: %v, %v, %s", server, up, err, gone, out)
+			}
+		}
+		if log, err := os.ReadFile(filepath.Join(dir, "log")); err != nil || !strings.Contains(string(log), "address add 192.0.2.7"+prefix+" dev "+tproxy.MeshLink+"\n") {
+			t.Errorf("%s: %s, %v", server, log, err)
+		}
+		for _, f := range []string{"link", "up", "log"} {
+			_ = os.Remove(filepath.Join(dir, f))
+		}
+	}
+}
+
+// Without comments in the kernel the direct rules have none either, and so they are tried.
+func TestStoreBare(t *testing.T) {
+	m := booted(t, "firewalld")
+	tried := false
+	m.onRun = func(c command) (result, bool) {
+		if strings.Contains(string(c.Stdin), "-m comment") {
+			return result{Exit: 2, Stderr: []byte("iptables-restore v1.8.9 (nf_tables): Couldn't load match `comment':No such file or directory\n\nError occurred at line: 5\n")}, true
+		}
+		tried = tried || slices.Contains(c.Args, "--test")
+		return result{}, false
+	}
+	m.mustStore(t, tproxy.Config{DisableComments: true})
+	if text := m.text(t, "etc/firewalld/direct.xml"); !tried || strings.Contains(text, "-m comment") || !strings.Contains(text, "MESH_RECORD") {
+		t.Errorf("tried: %t, %s", tried, text)
+	}
+	if r := m.mustStore(t, tproxy.Config{DisableComments: true}); r.Changed {
+		t.Errorf("the same again: %q", r.Steps)
+	}
 }

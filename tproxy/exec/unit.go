@@ -2,7 +2,9 @@ package exec
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"path"
 	"slices"
 	"strings"
@@ -201,6 +203,9 @@ func (s *session) unitOurs(f storedFile) bool {
 // wanted are the files by which systemd brings a plan's install back, and in words what
 // it runs.
 func (s *session) wanted(p *tproxy.Plan, rec tproxy.Record) (out []storedFile, by string, notes []string, err error) {
+	if err := s.rootsFolder(); err != nil {
+		return nil, "", nil, err
+	}
 	text, err := savedOf(p, rec).text()
 	if err != nil {
 		return nil, "", nil, err
@@ -233,6 +238,24 @@ func (s *session) wanted(p *tproxy.Plan, rec tproxy.Record) (out []storedFile, b
 	split := p.Config.DNS.ControlPlane.IsValid() && p.Host.Nameserver.Split == tproxy.SplitLink
 	units, err := s.units(service, names, split)
 	return append(out, units...), by, notes, err
+}
+
+// rootsFolder is an error for a storeDir in which somebody else than root could put what
+// root runs at boot.
+func (s *session) rootsFolder() error {
+	info, err := s.m.disk().Lstat(storeDir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return &dns.FileError{Path: storeDir, What: "cannot be looked at", Err: err}
+	case info.Kind != dns.Directory:
+		return &dns.FileError{Path: storeDir, What: "is no folder", Remedy: "take it away first"}
+	case info.UID != 0, info.Mode&0o022 != 0:
+		return &dns.FileError{Path: storeDir, What: fmt.Sprintf("is of the user %d, with mode %04o: others could have root run at boot what they put there", info.UID, info.Mode),
+			Remedy: "accepted is a folder of root's that nobody else may write to: chown root and chmod go-w"}
+	}
+	return nil
 }
 
 // units are the units, what goes with them, and the links that enable them.
@@ -273,24 +296,41 @@ func (s *session) unstable() string {
 			return name + " will not be there"
 		}
 	}
+	if _, err := s.m.disk().Lstat(name); err != nil {
+		return err.Error()
+	}
+	return s.changeable(name)
+}
+
+// changeable is the reason for which somebody else than root could have another program
+// run in place of one; empty where nobody could. What a symbolic link leads to is another
+// path.
+func (s *session) changeable(name string) string {
 	for p := path.Clean(name); ; p = path.Dir(p) {
 		info, err := s.m.disk().Lstat(p)
 		switch {
-		case err != nil:
+		case err != nil && !errors.Is(err, fs.ErrNotExist):
 			return err.Error()
+		case err != nil:
 		case info.UID != 0:
 			return fmt.Sprintf("%s is of the user %d, who could have root run another one", p, info.UID)
-		case info.Mode&0o002 != 0, info.Mode&0o020 != 0 && info.GID >= firstUser:
+		case info.Kind == dns.Symlink: // its mode says nothing (symlink(7))
+		case info.Mode&0o002 != 0, info.Mode&0o020 != 0 && (info.GID >= firstUser || info.GID == usersGroup):
 			return fmt.Sprintf("%s, with mode %04o, can be changed by others, who could have root run another one", p, info.Mode)
-		case p == "/":
+		}
+		if p == "/" {
 			return ""
 		}
 	}
 }
 
 // firstUser is the first group of people: those below are the system's, such as staff,
-// which may write to /usr/local on an older Debian.
-const firstUser = 1000
+// which may write to /usr/local on an older Debian. usersGroup is users, which people are
+// in by default on Debian and SUSE.
+const (
+	firstUser  = 1000
+	usersGroup = 100
+)
 
 // startUnit has systemd run what it runs at boot, now: if that cannot be, it is better
 // known today. While the system is starting, or something else is in the way, nothing
