@@ -29,6 +29,8 @@ const (
 	pathLogLevel      = "log.level"
 	pathDryRun        = "dryRun"
 	pathCNI           = "cniMode"
+	pathPersist       = "persist"
+	pathStore         = "storeFirewalld"
 )
 
 // document is a text with Kuma's keys, in parts.
