@@ -53,8 +53,6 @@ type Plugin struct {
 
 	// enter is inNamespace, but for tests.
 	enter func(log *slog.Logger, path string, f func() error) (own bool, err error)
-	// host is whether a pod was left alone because it is in the host's network.
-	host bool
 }
 
 // Main is the body of the program: it answers the command in the environment (CNI_COMMAND)
@@ -65,14 +63,13 @@ func Main(p *Plugin) int {
 	defer stop()
 	// A runtime that has gone must not end us between two steps (SIGPIPE in os/signal).
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	// Package skel looks at CNI_NETNS once more when the command has succeeded: it has no
+	// pods in the host's network, fails a DEL of one, and waits for ever for who writes to
+	// a FIFO. What is at that path, inNamespace has seen, of who is not left alone.
+	os.Setenv("CNI_NETNS_OVERRIDE", "1")
 	about := "kuma-cni " + cmp.Or(p.Version, buildVersion()) + ": a chained CNI plugin for transparent proxying"
 	err := skel.PluginMainFuncsWithError(p.Funcs(ctx), version.PluginSupports(Versions()...), about)
-	switch {
-	case err == nil:
-		return 0
-	case p.host && err.Code == types.ErrInvalidNetNS:
-		// The pod is in the host's network, and was answered so: package skel looks
-		// only afterwards, and has no such pods.
+	if err == nil {
 		return 0
 	}
 	text, _ := json.MarshalIndent(err, "", "    ") // two texts and a number
@@ -132,7 +129,6 @@ type call struct {
 	// not.
 	settled string
 	from    string // who has described it; empty where nobody has
-	host    bool   // whether it is in the host's network
 	result  kube.Result
 }
 
@@ -224,7 +220,6 @@ func (p *Plugin) add(ctx context.Context, a *skel.CmdArgs) error {
 	} else if c.settled != "" {
 		c.log.Debug("left alone", "why", c.settled)
 	}
-	p.host = c.host
 	_, err = p.stdout().Write(append(slices.Clip(previous), '\n'))
 	return err
 }
@@ -255,7 +250,7 @@ func (c *call) install(ctx context.Context, start time.Time) error {
 	})
 	switch {
 	case own:
-		c.host, c.settled = true, "it is in the host's network"
+		c.settled = "it is in the host's network"
 		return nil
 	case err != nil:
 		return entered(err)
@@ -332,7 +327,7 @@ func (p *Plugin) del(ctx context.Context, a *skel.CmdArgs) error {
 	})
 	switch {
 	case own:
-		p.host = true
+		c.log.Debug("nothing to do", "why", "it is in the host's network")
 	case gone(err):
 		c.log.Debug("the namespace has gone", "error", err.Error())
 	case err != nil:

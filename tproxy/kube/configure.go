@@ -13,10 +13,11 @@ import (
 
 // Result is what a pod's annotations mean.
 type Result struct {
-	// Config is valid, and of a pod: SSH is captured like the rest, and whom the
-	// proxy runs as and its ports are those of the Settings. Where it redirects the
-	// queries to some nameservers (DNS.Redirect without DNS.CaptureAll), whoever
-	// installs it has to read resolv.conf in the pod: a CNI plugin cannot.
+	// Config is valid, and of a pod: SSH is captured like the rest, nothing brings the
+	// install back after a restart (Persist), and whom the proxy runs as and its ports
+	// are those of the Settings. Where it redirects the queries to some nameservers
+	// (DNS.Redirect without DNS.CaptureAll), whoever installs it has to read resolv.conf
+	// in the pod: a CNI plugin cannot.
 	Config tproxy.Config
 	// Sources says where the values of Config come from, by the key of Kuma's
 	// configuration, such as redirect.inbound.excludePorts. A key that is not there
@@ -108,6 +109,7 @@ func Configure(annotations map[string]string, s Settings) (Result, error) {
 		c.annotation(name, annotations[name])
 	}
 	c.always()
+	c.kept()
 	c.unsupported()
 	r := &c.result
 	if c.faults == nil {
@@ -237,6 +239,25 @@ func (c *configuring) always() {
 		r.Sources[pathInboundPorts] = Source{ByInjector, "ports of probes"}
 	}
 	r.Config.Pod = true
+}
+
+// kept takes out by what an install would come back on a host: the runtime makes a pod
+// anew, and the host's units and firewalld are not a pod's to write.
+func (c *configuring) kept() {
+	r := &c.result
+	p := r.Config.Persist
+	if p == tproxy.PersistAuto || p == tproxy.PersistNone {
+		return // Build chooses none for a pod
+	}
+	path := pathPersist
+	if _, ok := r.Sources[path]; !ok {
+		path = pathStore
+	}
+	r.Warnings = append(r.Warnings, tproxy.ConfigFault{Source: r.Sources[path].Name, Path: path, Value: p.String(),
+		What: "has no effect on a pod, which its runtime makes anew", Accepted: "auto or none"})
+	delete(r.Sources, pathPersist)
+	delete(r.Sources, pathStore)
+	r.Config.Persist = tproxy.PersistNone
 }
 
 // unsupported refuses what only Kuma's rules can do.

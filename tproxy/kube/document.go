@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"strings"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
@@ -29,6 +30,8 @@ const (
 	pathLogLevel      = "log.level"
 	pathDryRun        = "dryRun"
 	pathCNI           = "cniMode"
+	pathPersist       = "persist"
+	pathStore         = "storeFirewalld"
 )
 
 // document is a text with Kuma's keys, in parts.
@@ -82,6 +85,10 @@ func readDocument(name string, text []byte) (d document, faults []tproxy.ConfigF
 		to   **bool
 	}{{pathDrop, &d.drop}, {pathLog, &d.log}} {
 		if v, ok := lookup(d.tree, m.path); ok && v != nil {
+			if _, is := v.(bool); !is {
+				// Not supported, its type is not looked at by the Decoder.
+				return document{}, []tproxy.ConfigFault{{Source: name, Path: m.path, Value: short(fmt.Sprint(v)), What: "is no boolean", Accepted: "true or false"}}
+			}
 			*m.to = new(v == true)
 		}
 	}

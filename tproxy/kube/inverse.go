@@ -15,7 +15,7 @@ import (
 // traffic.kuma.io/transparent-proxy-config, as JSON, which is YAML; whom the proxy runs
 // as and its ports are written so that a plugin with other settings notices.
 //
-// Pod counts as set in c. The error is a *tproxy.ConfigError with what no annotation
+// Pod counts as set in c, and a Persist as none. The error is a *tproxy.ConfigError with what no annotation
 // can make of these settings: another proxy, or an inbound port redirected that is
 // among Always.
 func Annotations(c tproxy.Config, s Settings) (map[string]string, error) {
@@ -44,6 +44,9 @@ func asPod(c tproxy.Config) tproxy.Config {
 	c = clone(c)
 	identify(&c, c)
 	c.Pod = true
+	if c.Persist != tproxy.PersistAuto {
+		c.Persist = tproxy.PersistNone
+	}
 	return c
 }
 
