@@ -241,7 +241,7 @@ func watch(cmd *cobra.Command, args []string, o Options) error {
 	signal.Ignore(syscall.SIGHUP)
 	ctx, stop := signal.NotifyContext(context.WithoutCancel(cmd.Context()), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	outcome, err := o.runner(logger(cmd, false)).WatchTrial(ctx, p.text("trial"), ready)
+	outcome, err := o.installer(logger(cmd, false), cmd.Parent()).WatchTrial(ctx, p.text("trial"), ready)
 	switch {
 	case err != nil:
 		return err

@@ -107,7 +107,6 @@ func TestAddLeavesAlone(t *testing.T) {
 		"none that is the mesh's":         {runtimeConfig(map[string]string{"kubernetes.io/config.seen": "now"}), nil},
 		"not injected":                    {runtimeConfig(map[string]string{"kuma.io/sidecar-injected": "false"}), nil},
 		"not injected, with a bad port":   {runtimeConfig(map[string]string{"traffic.kuma.io/exclude-inbound-ports": "x"}), nil},
-		"ignored":                         {runtimeConfig(injected("kuma.io/ignore", "true")), nil},
 		"static ones do not inject a pod": {map[string]any{"runtimeConfig": map[string]any{AnnotationsCapability: map[string]string{"a": "b"}}, "annotations": injected()}, nil},
 		"an excluded namespace":           {map[string]any{"excludeNamespaces": []string{"kube-system", "demo"}, "runtimeConfig": nil}, nil},
 		"the host's network":              {map[string]any{"runtimeConfig": nil}, &source{d: &Description{Annotations: injected(), HostNetwork: true}}},

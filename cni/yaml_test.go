@@ -7,11 +7,12 @@ import (
 
 func TestYAMLAliases(t *testing.T) {
 	long := "x: &a \"" + strings.Repeat("b", 60_000) + "\"\ny: [" + strings.Repeat("*a,", 3000) + "]\n"
-	lists := "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+	var lists strings.Builder
+	lists.WriteString("a: &a [1,1,1,1,1,1,1,1,1,1]\n")
 	for i := range 7 {
-		lists += string(rune('b'+i)) + ": &" + string(rune('b'+i)) + " [" + strings.Repeat("*"+string(rune('a'+i))+",", 10) + "]\n"
+		lists.WriteString(string(rune('b'+i)) + ": &" + string(rune('b'+i)) + " [" + strings.Repeat("*"+string(rune('a'+i))+",", 10) + "]\n")
 	}
-	for name, text := range map[string]string{"a long text": long, "lists of lists": lists, "itself": "a: &a [*a]\n"} {
+	for name, text := range map[string]string{"a long text": long, "lists of lists": lists.String(), "itself": "a: &a [*a]\n"} {
 		if out, err := jsonOf([]byte(text)); err == nil || !strings.Contains(err.Error(), "aliases") {
 			t.Errorf("%s: %d bytes of JSON, %v", name, len(out), err)
 		}

@@ -27,7 +27,6 @@ type session struct {
 	wait, waitInterval time.Duration
 	processes, retries int
 	counters           bool             // whether rules are read with what they have counted
-	anyUnit            bool             // whether a unit of ours will do as it is
 	known              []tproxy.Variant // what variants has found, for a session that changes nothing
 
 	former map[place]rules.Set // to which the way back leads

@@ -332,8 +332,11 @@ func (l *looker) stored(ctx context.Context, plan *tproxy.Plan) {
 		return
 	}
 	l.Persist, l.PersistWhy = p.Persist, p.PersistWhy
-	p.Config = *l.Config // as the record has it
-	l.anyUnit = true
+	p.Config = *l.Config // as the record has it, which is not about a run
+	if i, err := l.savedHere(); err == nil && i != nil && len(tproxy.ConfigChanges(i.Config, p.Config)) == 0 {
+		p.Config = i.Config
+	}
+	l.sameProgram()
 	t := transaction{session: l.session, plan: p, report: &Report{Before: l.found}, dryRun: true}
 	if err := t.lookAtStored(ctx, l.found.Record); err != nil {
 		l.drift(tproxy.Drift{Kind: tproxy.DriftStored, Why: err.Error()})

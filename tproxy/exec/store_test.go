@@ -510,6 +510,55 @@ func TestStoreOnTrial(t *testing.T) {
 	}
 }
 
+// A confirm is killed at each of its writes to the disk, and nobody confirms again: what
+// comes back is what did before.
+func TestStoreConfirmKilled(t *testing.T) {
+	c := tproxy.Config{Inbound: tproxy.Inbound{ExcludePorts: rules.MustPorts("9005")}}
+	for _, former := range []bool{false, true} {
+		at := 1
+		for ; ; at++ {
+			m := booted(t, "firewalld")
+			if former {
+				m.mustStore(t, tproxy.Config{})
+			}
+			before := m.tree(t)
+			h, err := m.runner().Probe(t.Context(), c.Needs())
+			if err != nil {
+				t.Fatal(err)
+			}
+			p, err := tproxy.Build(c, h)
+			if err != nil {
+				t.Fatal(err)
+			}
+			id := ""
+			if _, err := m.runner().Try(t.Context(), p, TrialOptions{Within: time.Minute, Watch: func(_ context.Context, tr Trial) (string, error) {
+				id = tr.ID
+				return "a test", nil
+			}}); err != nil {
+				t.Fatal(err)
+			}
+			n := 0
+			m.onWrite = func() bool { n++; return n == at }
+			_, err = m.runner().Confirm(t.Context(), ConfirmOptions{})
+			m.dead, m.onWrite = false, nil
+			if err == nil {
+				break
+			}
+			m.clock = time.Hour
+			if _, err := m.watchOver(id); err != nil {
+				t.Fatal(err)
+			}
+			sameText(t, fmt.Sprintf("killed at %d", at), before, m.tree(t))
+			if s, err := m.runner().Status(t.Context()); err != nil || len(s.Drift) > 0 {
+				t.Errorf("killed at %d: %+v, %v", at, s, err)
+			}
+		}
+		if at < 4 {
+			t.Errorf("%d writes", at)
+		}
+	}
+}
+
 // BringBack makes what was installed, whatever became of it, and what was observed for it
 // holds: at boot nobody listens yet.
 func TestBringBack(t *testing.T) {
@@ -608,6 +657,15 @@ func TestStatusOfStored(t *testing.T) {
 		{"another configuration is saved", func(t *testing.T, m *fakeMachine) {
 			m.file(t, "etc/kuma-tproxy/install.json", strings.ReplaceAll(m.text(t, "etc/kuma-tproxy/install.json"), "15006", "16006"))
 		}, "the unit " + persist.UnitName},
+		{"the unit runs something else", func(t *testing.T, m *fakeMachine) {
+			const unit = "etc/systemd/system/" + persist.UnitName
+			m.file(t, unit, strings.ReplaceAll(m.text(t, unit), "/usr/local/bin/kumactl install transparent-proxy come-back rules", "/bin/true"))
+		}, "the unit " + persist.UnitName},
+		{"its program is gone", func(t *testing.T, m *fakeMachine) {
+			if err := os.Remove(filepath.Join(m.root, "usr/local/bin/kumactl")); err != nil {
+				t.Fatal(err)
+			}
+		}, "the unit " + persist.UnitName},
 		{"direct.xml was written anew", func(t *testing.T, m *fakeMachine) { m.file(t, "etc/firewalld/direct.xml", othersDirect) }, "the rules in " + directName},
 		{"direct.xml is not XML", func(t *testing.T, m *fakeMachine) { m.file(t, "etc/firewalld/direct.xml", "<") }, "direct.xml line 1"},
 	} {
@@ -626,6 +684,12 @@ func TestStatusOfStored(t *testing.T) {
 	m.netfilter, m.addresses = gone.netfilter, gone.addresses
 	s, err := m.runner().Status(t.Context())
 	if err != nil || s.State != StateDrifted || len(s.Drift) != 2 {
+		t.Errorf("%+v, %v", s, err)
+	}
+	// What is about a run alone is not in the record.
+	m = booted(t, "firewalld")
+	m.mustStore(t, tproxy.Config{Wait: 9 * time.Second, MaxRetries: 7})
+	if s, err := m.runner().Status(t.Context()); err != nil || s.State != StateInstalled {
 		t.Errorf("%+v, %v", s, err)
 	}
 	// Another program that looks, as another kumactl: which one comes back is no drift.

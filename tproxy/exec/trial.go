@@ -113,7 +113,8 @@ const (
 	trialKind  = "trial"
 	beforeKind = "before"
 	lastKind   = "last"
-	keepKind   = "keep" // what comes back after a restart, once it is confirmed
+	formerKind = "former" // what came back before a confirm began to write
+	keepKind   = "keep"   // what comes back after a restart, once it is confirmed
 )
 
 // trialVersion is that of the form of these files.
@@ -426,7 +427,7 @@ func (r *Runner) Confirm(ctx context.Context, o ConfirmOptions) (Trial, error) {
 	if err := s.removeState(trialKind); err != nil { // from here on there is no way back
 		return t, err
 	}
-	err = errors.Join(s.removeState(beforeKind, keepKind), s.writeState(lastKind, &lastFile{Version: trialVersion, ID: f.ID, At: time.Now(), Confirmed: true}))
+	err = errors.Join(s.removeState(beforeKind, keepKind, formerKind), s.writeState(lastKind, &lastFile{Version: trialVersion, ID: f.ID, At: time.Now(), Confirmed: true}))
 	if err != nil {
 		s.log.Warn("confirmed, but that could not be noted", "error", err)
 	}
@@ -446,22 +447,69 @@ func (s *session) keepConfirmed(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	var former formerFile
+	there, err = s.readState(formerKind, &former)
+	if err == nil && !there { // else it is of a confirm that was killed
+		if former.Install, err = s.savedHere(); err == nil {
+			err = s.writeState(formerKind, former)
+		}
+	}
+	if err != nil {
+		return err
+	}
 	t := &transaction{session: s, report: &Report{}, plan: p}
-	for _, f := range p.Families {
-		v, _ := p.Host.Variant(p.Backend)
-		l, err := s.save(ctx, v, f)
-		if err != nil {
-			return err
-		}
-		if rec, err := tproxy.ReadRecord(l.Ours); err == nil {
-			t.rec = rec
-			break
-		}
+	if t.rec, err = s.recordOf(ctx, p); err != nil {
+		return err
 	}
 	if err := t.keep(ctx); err != nil {
 		return t.rollback(ctx, err)
 	}
 	return nil
+}
+
+// recordOf is the record in the rules of a plan's install, as they stand.
+func (s *session) recordOf(ctx context.Context, p *tproxy.Plan) (tproxy.Record, error) {
+	for _, f := range p.Families {
+		v, _ := p.Host.Variant(p.Backend)
+		l, err := s.save(ctx, v, f)
+		if err != nil {
+			return tproxy.Record{}, err
+		}
+		if rec, err := tproxy.ReadRecord(l.Ours); err == nil {
+			return rec, nil
+		}
+	}
+	return tproxy.Record{Version: s.recorded}, nil
+}
+
+// formerFile is what came back after a restart before a confirm began to write; nil is
+// nothing.
+type formerFile struct {
+	Install *savedInstall `json:"install"`
+}
+
+// storeFormer has the install come back again that did before a confirm was killed while
+// it wrote. Where none was, there is nothing to do.
+func (s *session) storeFormer(ctx context.Context) error {
+	var former formerFile
+	there, err := s.readState(formerKind, &former)
+	if err != nil || !there {
+		return err
+	}
+	t := &transaction{session: s, report: &Report{}, removes: former.Install == nil}
+	s.sameProgram()
+	if i := former.Install; i != nil {
+		if t.plan, err = s.planOf(ctx, *i); err != nil {
+			return err
+		}
+		if t.rec, err = s.recordOf(ctx, t.plan); err != nil {
+			return err
+		}
+	}
+	if err := t.keep(ctx); err != nil {
+		return t.rollback(ctx, err)
+	}
+	return s.removeState(formerKind)
 }
 
 // Trial returns the install that waits for its confirmation, nil where none does, and
@@ -500,7 +548,7 @@ func (t *transaction) endTrial(dryRun bool) error {
 	}
 	// One that cannot be read too; and how the one before it ended is no answer any more
 	// to who asks what became of this one.
-	if err := t.removeState(trialKind, beforeKind, keepKind, lastKind); err != nil {
+	if err := t.removeState(trialKind, beforeKind, keepKind, formerKind, lastKind); err != nil {
 		return err
 	}
 	t.report.Notes = append(t.report.Notes, "an install waited to be confirmed: that is over, and nothing is put back any more")
@@ -607,6 +655,7 @@ func (s *session) giveUp(ctx context.Context, f *trialFile, leaveNames bool) (*T
 		var report *Report
 		if report, err = s.goBack(ctx, &before, RestoreOptions{LeaveNames: leaveNames}); err == nil {
 			last.PutBack, last.Steps = true, slices.Clone(report.Steps)
+			err = s.storeFormer(ctx)
 		}
 	}
 	last.At = time.Now()

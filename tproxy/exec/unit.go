@@ -62,7 +62,7 @@ func (s *session) unit(p *tproxy.Plan, rec tproxy.Record) (hostChange, error) {
 	if err := u.compare(want); err != nil {
 		return hostChange{}, err
 	}
-	c.nothing = len(u.is) == 0 && !(p == nil && s.halfDone(unitFiles()...))
+	c.nothing = len(u.is) == 0 && !s.halfDone(unitFiles()...)
 	c.undo = "no unit " + persist.UnitName
 	if u.former = p == nil || slices.ContainsFunc(u.was, storedFile.there); u.former {
 		c.undo = "the unit " + persist.UnitName + " as it was"
@@ -102,11 +102,6 @@ func (u *unitChange) compare(files []storedFile) error {
 			return &dns.FileError{Path: name, What: "is there and is not ours", Remedy: "give it another name, or choose another way with --persist"}
 		case !u.unitOurs(now), now.same(f):
 			continue
-		case u.anyUnit && isProgrammed(name):
-			_, wanted = want[unitPath(path.Base(name))]
-			if strings.HasPrefix(name, storeDir+"/") || wanted && now.there() {
-				continue // by whichever program
-			}
 		}
 		u.was, u.is = append(u.was, now), append(u.is, f)
 	}
@@ -127,8 +122,8 @@ func (u *unitChange) run(ctx context.Context) (err error) {
 	if u.done, err = u.putAll(u.was, u.is); err != nil {
 		return err
 	}
+	u.sweep()
 	if u.plan == nil {
-		u.sweep()
 		u.forget(ctx)
 		return nil
 	}
@@ -174,9 +169,26 @@ func (s *session) sweep() {
 	}
 }
 
-// isProgrammed reports whether a file is made for the program that comes back.
-func isProgrammed(name string) bool {
-	return name == unitPath(persist.UnitName) || name == unitPath(persist.NamesUnitName) || strings.HasPrefix(name, storeDir+"/") && name != savedName
+// sameProgram is for who looks, or puts back: what the unit runs is to be compared with
+// what its own program would have made of it.
+func (s *session) sameProgram() {
+	if unit, err := s.readStored(unitPath(persist.UnitName)); err == nil && unit.there() {
+		s.comeBack = comeBackOf(unit.text)
+	}
+}
+
+// comeBackOf is the program that a unit of ours runs; nil for scripts, and for a unit that
+// was edited.
+func comeBackOf(unit []byte) []string {
+	for line := range strings.Lines(string(unit)) {
+		if rest, ok := strings.CutPrefix(line, "ExecStart="); ok {
+			words := strings.Fields(rest)
+			if n := len(words) - 1; n > 0 && words[n] == "rules" && !strings.ContainsAny(rest, `"%$`) {
+				return words[:n]
+			}
+		}
+	}
+	return nil
 }
 
 // quietly tells systemd what it may not want to hear: a unit that is not loaded cannot be

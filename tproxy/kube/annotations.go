@@ -160,17 +160,14 @@ func (c *configuring) dns(name, value string) {
 }
 
 // Injected reports whether the injector has given a pod a proxy, and with it whether
-// there is anything to do for the pod; if not, it says why. It looks at two
-// annotations alone, and is what a CNI plugin asks first.
+// there is anything to do for the pod; if not, it says why. It looks at one
+// annotation alone, and is what a CNI plugin asks first.
 func Injected(annotations map[string]string) (ok bool, why string) {
 	switch v, there := annotations[KeyInjected]; {
 	case !there:
 		return false, "no annotation " + KeyInjected
 	case v != "true":
 		return false, "annotation " + KeyInjected + " is " + strconv.Quote(short(v)) + `, not "true"`
-	}
-	if on, _ := readEnabled(annotations[KeyIgnore]); on {
-		return false, "annotation " + KeyIgnore + " is " + annotations[KeyIgnore]
 	}
 	return true, ""
 }

@@ -464,7 +464,7 @@ func TestInjected(t *testing.T) {
 		{map[string]string{kube.KeyInjected: "true"}, true, ""},
 		{map[string]string{kube.KeyInjected: "false"}, false, `annotation kuma.io/sidecar-injected is "false", not "true"`},
 		{map[string]string{kube.KeyInjected: "True"}, false, `annotation kuma.io/sidecar-injected is "True", not "true"`},
-		{map[string]string{kube.KeyInjected: "true", kube.KeyIgnore: "true"}, false, "annotation kuma.io/ignore is true"},
+		{map[string]string{kube.KeyInjected: "true", "kuma.io/ignore": "true"}, true, ""},
 		{map[string]string{kube.KeyInjected: "true", kube.KeyIgnore: "false"}, true, ""},
 		{map[string]string{kube.KeyIgnore: "false", kube.KeyInboundPorts: "80"}, false, "no annotation kuma.io/sidecar-injected"},
 	} {
