@@ -418,33 +418,34 @@ func (p *Plan) chooseBackend() *Refusal {
 	case 1:
 		return choose(can[0], "the only one with all its programs here")
 	}
-	only := func(is func(Variant) bool) (Variant, bool) {
+	v, why := p.preferred(can)
+	return choose(v, why)
+}
+
+// preferred is one of several variants that can be used, and why.
+func (p *Plan) preferred(can []Variant) (v Variant, why string) {
+	only := func(is func(Variant) bool) bool {
 		i := slices.IndexFunc(can, is)
 		if i < 0 || slices.ContainsFunc(can[i+1:], is) {
-			return Variant{}, false
+			return false
 		}
-		return can[i], true
+		v = can[i]
+		return true
 	}
-	if p.Persist == PersistFirewalld {
-		if v, ok := only(func(v Variant) bool { return v.Default }); ok {
-			return choose(v, loadsWith)
-		}
+	r, translated := p.Translated()
+	switch {
+	case p.Persist == PersistFirewalld && only(func(v Variant) bool { return v.Default }):
+		return v, loadsWith
+	case translated && only(func(v Variant) bool { return v.Backend.String() == r.Behind }):
+		return v, fmt.Sprintf("the rules for %s at %s are there, and ours have to come before them", r.Program, r.Address)
+	case only(func(v Variant) bool { return len(v.Ours) > 0 }):
+		return v, "our rules are there already"
+	case only(func(v Variant) bool { return v.Rules }):
+		return v, "the other one holds no rules"
+	case only(func(v Variant) bool { return v.Default }):
+		return v, "it is what iptables means on this host"
 	}
-	if r, ok := p.Translated(); ok {
-		if v, ok := only(func(v Variant) bool { return v.Backend.String() == r.Behind }); ok {
-			return choose(v, fmt.Sprintf("the rules for %s at %s are there, and ours have to come before them", r.Program, r.Address))
-		}
-	}
-	if v, ok := only(func(v Variant) bool { return len(v.Ours) > 0 }); ok {
-		return choose(v, "our rules are there already")
-	}
-	if v, ok := only(func(v Variant) bool { return v.Rules }); ok {
-		return choose(v, "the other one holds no rules")
-	}
-	if v, ok := only(func(v Variant) bool { return v.Default }); ok {
-		return choose(v, "it is what iptables means on this host")
-	}
-	return choose(can[0], "both are here, and neither is in use")
+	return can[0], "both are here, and neither is in use"
 }
 
 const loadsWith = "firewalld loads its direct rules with what iptables means on this host"

@@ -445,6 +445,26 @@ func TestStoreScripts(t *testing.T) {
 	sameText(t, "uninstalled", before, m.tree(t))
 }
 
+// tryStored installs on trial, and returns its number.
+func (m *fakeMachine) tryStored(t *testing.T, c tproxy.Config) (id string) {
+	t.Helper()
+	h, err := m.runner().Probe(t.Context(), c.Needs())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := tproxy.Build(c, h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.runner().Try(t.Context(), p, TrialOptions{Within: time.Minute, Watch: func(_ context.Context, tr Trial) (string, error) {
+		id = tr.ID
+		return "a test", nil
+	}}); err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
 // An install on trial comes back only once it is confirmed, and until then the one before.
 func TestStoreOnTrial(t *testing.T) {
 	m := booted(t, "firewalld")
@@ -453,26 +473,7 @@ func TestStoreOnTrial(t *testing.T) {
 	c := tproxy.Config{Inbound: tproxy.Inbound{ExcludePorts: rules.MustPorts("9005")}}
 	alone := booted(t, "firewalld")
 	alone.mustStore(t, c)
-	try := func() string {
-		t.Helper()
-		h, err := m.runner().Probe(t.Context(), c.Needs())
-		if err != nil {
-			t.Fatal(err)
-		}
-		p, err := tproxy.Build(c, h)
-		if err != nil {
-			t.Fatal(err)
-		}
-		id := ""
-		if _, err := m.runner().Try(t.Context(), p, TrialOptions{Within: time.Minute, Watch: func(_ context.Context, tr Trial) (string, error) {
-			id = tr.ID
-			return "a test", nil
-		}}); err != nil {
-			t.Fatal(err)
-		}
-		return id
-	}
-	id := try()
+	id := m.tryStored(t, c)
 	sameText(t, "on trial", former, m.tree(t))
 	if r, err := m.runner().BringBack(t.Context()); err != nil || len(r.Steps) > 0 || !strings.Contains(strings.Join(r.Notes, ""), "waits for its confirmation") {
 		t.Errorf("brought back in between: %+v, %v", r, err)
@@ -489,7 +490,7 @@ func TestStoreOnTrial(t *testing.T) {
 		t.Errorf("%+v, %v", s, err)
 	}
 
-	try()
+	m.tryStored(t, c)
 	m.onRun = func(c command) (result, bool) {
 		return result{Exit: 1, Stderr: []byte("Job failed")}, len(c.Args) > 1 && c.Args[0] == "restart"
 	}
@@ -522,24 +523,10 @@ func TestStoreConfirmKilled(t *testing.T) {
 				m.mustStore(t, tproxy.Config{})
 			}
 			before := m.tree(t)
-			h, err := m.runner().Probe(t.Context(), c.Needs())
-			if err != nil {
-				t.Fatal(err)
-			}
-			p, err := tproxy.Build(c, h)
-			if err != nil {
-				t.Fatal(err)
-			}
-			id := ""
-			if _, err := m.runner().Try(t.Context(), p, TrialOptions{Within: time.Minute, Watch: func(_ context.Context, tr Trial) (string, error) {
-				id = tr.ID
-				return "a test", nil
-			}}); err != nil {
-				t.Fatal(err)
-			}
+			id := m.tryStored(t, c)
 			n := 0
 			m.onWrite = func() bool { n++; return n == at }
-			_, err = m.runner().Confirm(t.Context(), ConfirmOptions{})
+			_, err := m.runner().Confirm(t.Context(), ConfirmOptions{})
 			m.dead, m.onWrite = false, nil
 			if err == nil {
 				break
