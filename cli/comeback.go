@@ -13,18 +13,8 @@ const comeBackName = "come-back"
 
 // comeBackCommand is for that unit alone.
 func comeBackCommand(o Options) *cobra.Command {
-	cmd := &cobra.Command{
-		Use:          comeBackName,
-		Short:        "Install again what was saved, at boot",
-		Long:         "This is what the units run that install --persist systemd makes. It is of no use to anybody else.",
-		Hidden:       true,
-		Args:         cobra.ArbitraryArgs,
-		SilenceUsage: true,
-		// What a foreign root does before its commands may take a home, or a network.
-		PersistentPreRunE:  func(*cobra.Command, []string) error { return nil },
-		PersistentPostRunE: func(*cobra.Command, []string) error { return nil },
-		RunE:               func(cmd *cobra.Command, args []string) error { return comeBack(cmd, args, o) },
-	}
+	cmd := innerCommand(comeBackName, "Install again what was saved, at boot", "This is what the units run that install --persist makes.",
+		func(cmd *cobra.Command, args []string) error { return comeBack(cmd, args, o) })
 	addFlags(cmd, []flagGroup{{"This run", []flag{{"verbose", "false", "log every step to standard error"}}}})
 	return cmd
 }

@@ -201,24 +201,30 @@ const watchName = "put-back-unless-confirmed"
 
 // watchCommand is for that process alone.
 func watchCommand(o Options) *cobra.Command {
-	cmd := &cobra.Command{
-		Use:          watchName,
-		Short:        "Wait for a confirmation, and put the former state back without",
-		Long:         "This is what install --confirm-within starts. It is of no use to anybody else.",
-		Hidden:       true,
-		Args:         cobra.ArbitraryArgs,
-		SilenceUsage: true,
-		// What a foreign root does before its commands is not for us: nobody is there
-		// to whom it could fail.
-		PersistentPreRunE:  func(*cobra.Command, []string) error { return nil },
-		PersistentPostRunE: func(*cobra.Command, []string) error { return nil },
-		RunE:               func(cmd *cobra.Command, args []string) error { return watch(cmd, args, o) },
-	}
+	cmd := innerCommand(watchName, "Wait for a confirmation, and put the former state back without",
+		"This is what install --confirm-within starts.", func(cmd *cobra.Command, args []string) error { return watch(cmd, args, o) })
 	addFlags(cmd, []flagGroup{{"This run", []flag{
 		{"trial", "", "`number` of the install that waits"},
 		{"ready-fd", "0", "`file` descriptor to say on that the watch is there; 0 says it to systemd"},
 	}}})
 	return cmd
+}
+
+// innerCommand is a command that another program runs, and nobody types.
+func innerCommand(use, short, long string, run func(*cobra.Command, []string) error) *cobra.Command {
+	return &cobra.Command{
+		Use:          use,
+		Short:        short,
+		Long:         long + " It is of no use to anybody else.",
+		Hidden:       true,
+		Args:         cobra.ArbitraryArgs,
+		SilenceUsage: true,
+		// What a foreign root does before its commands is not for us: nobody is there
+		// to whom it could fail, and it may take a home, or a network.
+		PersistentPreRunE:  func(*cobra.Command, []string) error { return nil },
+		PersistentPostRunE: func(*cobra.Command, []string) error { return nil },
+		RunE:               run,
+	}
 }
 
 func watch(cmd *cobra.Command, args []string, o Options) error {
