@@ -16,7 +16,8 @@ import (
 
 // Snapshot is everything of ours, and of Kuma's own installers, that a network
 // namespace holds at one moment: what Restore makes of it again. The zero Snapshot is
-// that of a host without any. It marshals to JSON and back.
+// that of a host without any. It marshals to JSON and back. What brings an install back
+// after a restart is no part of it: that holds with the Config, not with the moment.
 type Snapshot struct {
 	// Rules are what iptables-save printed, wherever something of ours stood in it. It
 	// is kept as text, so that what nobody can make a Config of, Kuma's rules or half of
