@@ -3,8 +3,6 @@ package exec_test
 import (
 	"fmt"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -31,19 +29,7 @@ func bootRebooting(t *testing.T, b tproxy.Backend) *rebooting {
 	if err != nil {
 		t.Fatal(err)
 	}
-	root := filepath.Join(t.TempDir(), "root")
-	remove, err := bookworm.Copy(t.Context(), root, netlab.Outside())
-	if err != nil {
-		cannotRun(t, "systemd", "no Debian to be had: %v", err)
-	}
-	t.Cleanup(remove)
-	text, err := os.ReadFile(path)
-	if err == nil {
-		err = os.WriteFile(filepath.Join(root, "usr/local/bin/kumactl"), text, 0o755)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	root := rootWith(t, bookworm, path)
 	h := &rebooting{T: t, backend: b}
 	h.lab()
 	if h.Machine, err = bootlab.Boot(t.Context(), root, "kuma-tproxy-back", h.Host.Path()); err != nil {

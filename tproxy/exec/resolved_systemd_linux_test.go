@@ -190,14 +190,32 @@ func TestSystemdResolvedAsksForTheMeshAlone(t *testing.T) {
 func bootDebian(t *testing.T, suite, tool string) *debian {
 	t.Helper()
 	w := newWorld(t, tproxy.IPTablesNFT)
-	root := filepath.Join(t.TempDir(), suite)
 	image := bookworm
 	if suite != image.Suite {
 		image = bootlab.Image{Suite: suite, Packages: []string{"systemd", "systemd-sysv", "systemd-resolved", "libnss-resolve", "dbus", "iptables", "iproute2"}}
 	}
+	root := rootWith(t, image, tool)
+	d := &debian{world: w, root: root}
+	d.uplink = w.logged("uplink", "--listen-address="+netlab.Resolver4.String(), "--address=/here.example/"+answered.String(), "--address=/gone.example/")
+	d.startControl()
+	var err error
+	if d.Machine, err = bootlab.Boot(t.Context(), root, "kuma-tproxy-"+suite, w.Host.Path()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(d.Machine.Close)
+	d.do("useradd", "--uid", fmt.Sprint(proxyUID), "kuma-dp")
+	d.do("resolvectl", "dns", "eth0", netlab.Resolver4.String())
+	t.Logf("%s", d.do("systemctl", "--version"))
+	return d
+}
+
+// rootWith is a copy of a Debian with kumactl in it.
+func rootWith(t *testing.T, image bootlab.Image, tool string) (root string) {
+	t.Helper()
+	root = filepath.Join(t.TempDir(), image.Suite)
 	remove, err := image.Copy(t.Context(), root, netlab.Outside())
 	if err != nil {
-		cannotRun(t, "systemd", "no %s to be had: %v", suite, err)
+		cannotRun(t, "systemd", "no %s to be had: %v", image.Suite, err)
 	}
 	t.Cleanup(remove)
 	text, err := os.ReadFile(tool)
@@ -207,17 +225,7 @@ func bootDebian(t *testing.T, suite, tool string) *debian {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := &debian{world: w, root: root}
-	d.uplink = w.logged("uplink", "--listen-address="+netlab.Resolver4.String(), "--address=/here.example/"+answered.String(), "--address=/gone.example/")
-	d.startControl()
-	if d.Machine, err = bootlab.Boot(t.Context(), root, "kuma-tproxy-"+suite, w.Host.Path()); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(d.Machine.Close)
-	d.do("useradd", "--uid", fmt.Sprint(proxyUID), "kuma-dp")
-	d.do("resolvectl", "dns", "eth0", netlab.Resolver4.String())
-	t.Logf("%s", d.do("systemctl", "--version"))
-	return d
+	return root
 }
 
 // startControl starts the control plane's server. It knows every name of the mesh.

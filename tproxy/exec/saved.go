@@ -117,11 +117,10 @@ func (s *session) planOf(ctx context.Context, i savedInstall) (*tproxy.Plan, err
 	for _, r := range i.Resolvers {
 		h.LocalResolvers = append(h.LocalResolvers, tproxy.LocalResolver{Address: r.Address, UID: r.UID, Program: r.Program, Untold: r.Untold})
 	}
-	c := i.Config
 	if _, ok := h.Variant(backend); !ok {
 		return nil, fmt.Errorf("the install is in %s, whose programs are not here: %w", backend, ErrUnsupported)
 	}
-	p, err := tproxy.Build(c, h)
+	p, err := tproxy.Build(i.Config, h)
 	if err != nil {
 		return nil, err
 	}
