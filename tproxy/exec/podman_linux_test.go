@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
@@ -290,6 +291,12 @@ func (p *podman) remote(ports ...string) {
 	for _, gateway := range gateways {
 		for _, port := range ports {
 			l, err := net.Listen("tcp", net.JoinHostPort(gateway, port))
+			// The bridge's address of IPv6 is tentative while the kernel looks for another
+			// host that has it (RFC 4862, section 5.4).
+			for end := time.Now().Add(10 * time.Second); errors.Is(err, syscall.EADDRNOTAVAIL) && time.Now().Before(end); {
+				time.Sleep(50 * time.Millisecond)
+				l, err = net.Listen("tcp", net.JoinHostPort(gateway, port))
+			}
 			if err != nil {
 				p.Fatal(err)
 			}
