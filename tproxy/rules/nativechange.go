@@ -1,0 +1,184 @@
+package rules
+
+import (
+	"bytes"
+	"slices"
+)
+
+// NativeVerb is what a NativeCommand does.
+type NativeVerb uint8
+
+// The verbs, as nft(8) has them.
+const (
+	AddTable NativeVerb = iota + 1
+	DeleteTable
+	AddSet // with its elements
+	DeleteSet
+	AddChain
+	FlushChain
+	DeleteChain
+	AddRule // at the end of its chain
+)
+
+// NativeCommand is one command of a transaction on the table.
+type NativeCommand struct {
+	Verb  NativeVerb
+	Table string
+	Set   NativeSet   // of AddSet; of DeleteSet only the name
+	Chain NativeChain // of the verbs about chains, and of AddRule; its Rules say nothing
+	Rule  NativeRule  // of AddRule
+}
+
+// NativeTransition returns the commands that turn live into want, in one transaction;
+// none where there is nothing to do. A nil live is that there is no table, a nil want
+// that there is to be none.
+//
+// Chains that are right stay and keep their counters, and of the others the rules are
+// exchanged and the chain stays: a packet is judged by the rules of before or by those
+// of after, at each hook, as the kernel looks once which are in force (nft_do_chain,
+// net/netfilter/nf_tables_core.c). A table that is not as Native makes them, and a set
+// or a hook that somebody has changed, go with the table, which is made anew.
+func NativeTransition(live, want *Native) []NativeCommand {
+	switch {
+	case want == nil && live == nil:
+		return nil
+	case want == nil:
+		return []NativeCommand{{Verb: DeleteTable, Table: live.Table}}
+	case live == nil:
+		return want.commands()
+	case !live.keeps(want):
+		return append([]NativeCommand{{Verb: DeleteTable, Table: live.Table}}, want.commands()...)
+	}
+	t := want.Table
+	var out []NativeCommand
+	for _, s := range want.Sets {
+		if _, there := live.set(s.Name); !there {
+			out = append(out, NativeCommand{Verb: AddSet, Table: t, Set: s})
+		}
+	}
+	for _, c := range want.Chains {
+		if _, there := live.chain(c.Name); !there {
+			out = append(out, NativeCommand{Verb: AddChain, Table: t, Chain: c.bare()})
+		}
+	}
+	for _, c := range want.Chains {
+		l, _ := live.chain(c.Name)
+		if slices.EqualFunc(l.Rules, c.Rules, NativeRule.Equal) {
+			continue
+		}
+		if len(l.Rules) > 0 {
+			out = append(out, NativeCommand{Verb: FlushChain, Table: t, Chain: c.bare()})
+		}
+		out = c.addRules(out, t)
+	}
+	return append(out, live.gone(want)...)
+}
+
+// commands make the table.
+func (n *Native) commands() []NativeCommand {
+	out := []NativeCommand{{Verb: AddTable, Table: n.Table}}
+	for _, s := range n.Sets {
+		out = append(out, NativeCommand{Verb: AddSet, Table: n.Table, Set: s})
+	}
+	for _, c := range n.Chains {
+		out = append(out, NativeCommand{Verb: AddChain, Table: n.Table, Chain: c.bare()})
+	}
+	for _, c := range n.Chains {
+		out = c.addRules(out, n.Table)
+	}
+	return out
+}
+
+func (c NativeChain) addRules(out []NativeCommand, table string) []NativeCommand {
+	for _, r := range c.Rules {
+		out = append(out, NativeCommand{Verb: AddRule, Table: table, Chain: c.bare(), Rule: r})
+	}
+	return out
+}
+
+// bare is the chain without its rules.
+func (c NativeChain) bare() NativeChain {
+	c.Rules = nil
+	return c
+}
+
+// gone are the commands that take out what want does not have: rules first, as they
+// hold the chains that they lead to, and the sets that they look into.
+func (n *Native) gone(want *Native) (out []NativeCommand) {
+	var chains []NativeCommand
+	for _, l := range n.Chains {
+		if _, stays := want.chain(l.Name); stays {
+			continue
+		}
+		if len(l.Rules) > 0 {
+			out = append(out, NativeCommand{Verb: FlushChain, Table: n.Table, Chain: l.bare()})
+		}
+		chains = append(chains, NativeCommand{Verb: DeleteChain, Table: n.Table, Chain: l.bare()})
+	}
+	out = append(out, chains...)
+	for _, l := range n.Sets {
+		if _, stays := want.set(l.Name); !stays {
+			out = append(out, NativeCommand{Verb: DeleteSet, Table: n.Table, Set: NativeSet{Name: l.Name, Type: l.Type}})
+		}
+	}
+	return out
+}
+
+// keeps reports whether the table can become want without being made anew.
+func (n *Native) keeps(want *Native) bool {
+	if len(n.Strange) > 0 {
+		return false
+	}
+	for _, w := range want.Sets {
+		if l, there := n.set(w.Name); there && !l.equal(w) {
+			return false
+		}
+	}
+	for _, w := range want.Chains {
+		if l, there := n.chain(w.Name); there && (l.Type != w.Type || l.Hook != w.Hook || l.Priority != w.Priority) {
+			return false
+		}
+	}
+	return true
+}
+
+// Equal reports whether two tables do the same: the same sets, and the same chains with
+// the same rules in the same order. Counters do not matter, nor does the order of the
+// chains. One with something Strange or Unknown in it equals none.
+func (n *Native) Equal(m *Native) bool {
+	return n.Table == m.Table && len(n.Sets) == len(m.Sets) && len(n.Chains) == len(m.Chains) &&
+		len(m.Strange) == 0 && len(NativeTransition(n, m)) == 0
+}
+
+// Equal reports whether two rules are the same but for what they counted. One with
+// something Unknown in it equals none.
+func (r NativeRule) Equal(q NativeRule) bool {
+	return r.Unknown == "" && q.Unknown == "" && r.Counted == q.Counted && r.Action == q.Action && r.Comment == q.Comment &&
+		slices.EqualFunc(r.Matches, q.Matches, NativeMatch.Equal)
+}
+
+// Equal reports whether two matches are the same.
+func (m NativeMatch) Equal(o NativeMatch) bool {
+	return m.Key == o.Key && m.Not == o.Not && m.Set == o.Set &&
+		bytes.Equal(m.First, o.First) && bytes.Equal(m.Last, o.Last) && bytes.Equal(m.Mask, o.Mask)
+}
+
+func (s NativeSet) equal(t NativeSet) bool {
+	return s.Name == t.Name && s.Type == t.Type && slices.EqualFunc(s.Elements, t.Elements, func(a, b NativeRange) bool {
+		return bytes.Equal(a.First, b.First) && bytes.Equal(a.Last, b.Last)
+	})
+}
+
+func (n *Native) set(name string) (NativeSet, bool) {
+	if i := slices.IndexFunc(n.Sets, func(s NativeSet) bool { return s.Name == name }); i >= 0 {
+		return n.Sets[i], true
+	}
+	return NativeSet{}, false
+}
+
+func (n *Native) chain(name string) (NativeChain, bool) {
+	if i := slices.IndexFunc(n.Chains, func(c NativeChain) bool { return c.Name == name }); i >= 0 {
+		return n.Chains[i], true
+	}
+	return NativeChain{}, false
+}
