@@ -151,6 +151,10 @@ func program(b Backend, f rules.Family) string {
 	return name
 }
 
+// NFTable is the table of nftables, of the family inet, that holds the rules with the
+// backend NFTables. What stands in a table of that name is ours.
+const NFTable = "kuma-tproxy"
+
 // The chains of ours. A chain of one of these names in its table is ours, and
 // nothing else is.
 const (
