@@ -359,7 +359,7 @@ func TestBadEnvironment(t *testing.T) {
 		{"RETRY_MAX_RETRIES", "1001", `"1001" is not accepted: accepted is a number from 0 to 1000`},
 		{"RETRY_SLEEP_BETWEEN_RETRIES", "2", `"2" is not accepted: accepted is a duration from 0s to 1h with its unit`},
 		{"IP_FAMILY_MODE", "ipv6", `"ipv6" is not accepted: accepted is dualstack or ipv4`},
-		{"BACKEND", "nft", `"nft" is not accepted: accepted is auto, iptables-nft or iptables-legacy`},
+		{"BACKEND", "nft", `"nft" is not accepted: accepted is auto, nftables, iptables-nft or iptables-legacy`},
 		{"KUMA_DP_USER", "1,x", `"1,x" is no user: accepted is a user's name`},
 		{"KUMA_DP_USER", "\xff", `"\xff" is not UTF-8: accepted is text in UTF-8`},
 		{"STORE_FIREWALLD", "yes", `"yes" is no boolean: accepted is true or false`},

@@ -57,7 +57,7 @@ func installFlags() []flagGroup {
 		{"The host", append([]flag{
 			{"ip-family-mode", "dualstack", "`mode`: dualstack, or ipv4 to leave IPv6 untouched"},
 			{"modify-iptables", "true", "put the rules in place; false leaves iptables alone"},
-			{"backend", "auto", "what holds the rules, by `name`: auto, iptables-nft or iptables-legacy"},
+			{"backend", "auto", "what holds the rules, by `name`: auto, nftables, iptables-nft or iptables-legacy"},
 			{"iptables-mode", "", "`mode`: nft or legacy, short for --backend iptables-nft or iptables-legacy"},
 			{"persist", "auto", "`how` the rules come back after a restart: auto, systemd, firewalld or none"},
 			{"store-firewalld", "false", "short for --persist firewalld"},

@@ -13,6 +13,9 @@ import (
 func (p *Plan) chooseBackend() *Refusal {
 	h, asked := p.Host, p.Config.Backend
 	if len(h.Variants) == 0 {
+		if asked == NFTables && h.NoNFTables != "" {
+			return p.missing(Variant{Backend: NFTables}, "asked for")
+		}
 		p.Backend, p.BackendWhy = or(asked, IPTablesNFT), "nothing is known of the host"
 		if asked != Auto {
 			p.BackendWhy = "asked for"
@@ -29,14 +32,14 @@ func (p *Plan) chooseBackend() *Refusal {
 	}
 	choose := func(v Variant, why string) *Refusal {
 		p.Backend, p.BackendWhy = v.Backend, why
-		if r, ok := p.Translated(); ok && r.Behind != v.Backend.String() {
+		if r, ok := p.Translated(); ok && v.Backend != NFTables && r.Behind != v.Backend.String() {
 			p.note("the rules for %s are in %s, ours in %s: whether queries reach the proxy is tried, and the install undone if they do not", r, r.Behind, v.Backend)
 		}
 		return p.others()
 	}
 	if asked != Auto {
-		v, _ := h.Variant(asked)
-		if v.Backend = asked; !usable(v) {
+		v, found := h.Variant(asked)
+		if v.Backend = asked; !usable(v) || !found && asked == NFTables {
 			return p.missing(v, "asked for")
 		}
 		if p.Persist == PersistFirewalld && !v.Default && slices.ContainsFunc(h.Variants, func(v Variant) bool { return v.Default }) {
@@ -64,7 +67,12 @@ func (p *Plan) chooseBackend() *Refusal {
 		if v, ok := h.Variant(NFTables); ok && usable(v) && p.Persist != PersistFirewalld {
 			return choose(v, "the only one that can be used here")
 		}
-		return p.missing(h.Variants[0], "the only one here")
+		v := h.Variants[0]
+		if v.Backend == NFTables {
+			v = Variant{Backend: IPTablesNFT}
+			return p.missing(v, loadsWith)
+		}
+		return p.missing(v, "the only one here")
 	case 1:
 		return choose(can[0], "the only one with all its programs here")
 	}
@@ -105,7 +113,7 @@ const ownTable = "it takes a table of our own and one transaction, and no progra
 // chains come before those of iptables, whichever was there first.
 func (p *Plan) ownTable(v Variant) bool {
 	switch {
-	case v.Cannot != "" || p.Persist == PersistFirewalld:
+	case p.Persist == PersistFirewalld:
 		return false
 	case len(v.Ours) > 0:
 		return true
@@ -141,7 +149,7 @@ func (p *Plan) Captures(nameserver netip.Addr) bool {
 func (p *Plan) missing(v Variant, why string) *Refusal {
 	if v.Backend == NFTables {
 		return &Refusal{
-			fmt.Sprintf("nftables (%s) cannot be used: %s", why, or(v.Cannot, "it was not looked for on this host")),
+			fmt.Sprintf("nftables (%s) cannot be used: %s", why, or(p.Host.NoNFTables, "it was not looked for on this host")),
 			"leave --backend out, or choose iptables-nft or iptables-legacy"}
 	}
 	var names []string

@@ -35,6 +35,9 @@ type Host struct {
 	// Variants are the variants of iptables that were found, in the order of
 	// preference.
 	Variants []Variant
+	// NoNFTables is the reason for which NFTables is none of the Variants, where that is
+	// known.
+	NoNFTables string
 	// Nameserver is what is known of the resolv.conf that is to be changed, or of
 	// systemd-resolved, which answers for it.
 	Nameserver NameserverFile
@@ -116,9 +119,6 @@ type Variant struct {
 	// Programs are the paths of the programs of each family; an empty path
 	// means there is none. NFTables has none.
 	IPv4, IPv6 Programs
-	// Cannot is the reason for which NFTables cannot be used; empty where it can, and
-	// for a variant of iptables.
-	Cannot string
 	// Default is whether the plain names, iptables-save and so on, are this
 	// variant: what other programs on this host use unasked.
 	Default bool
@@ -145,7 +145,7 @@ func (v Variant) For(f rules.Family) Programs {
 // Installed reports whether the variant has the programs for a family, or needs none.
 func (v Variant) Installed(f rules.Family) bool {
 	if v.Backend == NFTables {
-		return v.Cannot == ""
+		return true
 	}
 	p := v.For(f)
 	return p.Save != "" && p.Restore != ""

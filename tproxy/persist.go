@@ -194,7 +194,7 @@ func (p *Plan) autoPersist() *Refusal {
 // firewalld leaves alone when it starts, reloads and stops.
 func (p *Plan) survivesFirewalld() bool {
 	v, ok := p.Host.Variant(NFTables)
-	return ok && v.Cannot == "" && (p.Config.Backend == NFTables || p.Config.Backend == Auto && p.ownTable(v))
+	return ok && (p.Config.Backend == NFTables || p.Config.Backend == Auto && p.ownTable(v))
 }
 
 // beside reports whether the install has more than rules.

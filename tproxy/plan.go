@@ -251,7 +251,12 @@ func Known() rules.Set {
 // is no record, rec says at least whose ::6 is.
 func Draining(ours rules.Set, rec Record) rules.Set {
 	out := ours
-	out.Bases = nil
+	// A base chain of nftables without rules is still what translates the packets of the
+	// connections that were redirected.
+	out.Bases = slices.Clone(ours.Bases)
+	for i := range out.Bases {
+		out.Bases[i].Rules = nil
+	}
 	if _, ok := ours.Chain(rules.NAT, chainRecord); !ok {
 		rec.Bare = true
 		out.Chains = append(slices.Clone(ours.Chains), rules.Chain{Table: rules.NAT, Name: chainRecord, Rules: rec.rules()})

@@ -205,10 +205,7 @@ func forms(t Fataler, s rules.Set) map[string]map[rules.Family]rules.Set {
 	if err != nil {
 		t.Fatalf("%v", err)
 	}
-	native, err := table.Set()
-	if err != nil {
-		t.Fatalf("%v", err)
-	}
+	native := table.Set()
 	for _, f := range rules.Families() {
 		parsed, err := rules.ParseSave(f, saved(s, f))
 		if err != nil {

@@ -134,7 +134,8 @@ func (r *Runner) Remove(ctx context.Context, o RemoveOptions) (*Report, error) {
 	return t.report, nil
 }
 
-// job is what is to be done to the rules of one family of one backend.
+// job is what is to be done to the rules of one family of one backend; to those of
+// nftables, which are of both, with family 0.
 type job struct {
 	step    string
 	variant tproxy.Variant
@@ -159,11 +160,24 @@ func (j *job) addressOurs() bool {
 func (t *transaction) applyJobs(p *tproxy.Plan) ([]job, error) {
 	if len(p.Host.Variants) == 0 {
 		return nil, &ApplyError{Step: "finding iptables",
-			Err:    fmt.Errorf("no iptables-save and iptables-restore on PATH, %s: %w", strings.Join(programDirs, ", "), ErrUnsupported),
+			Err:    fmt.Errorf("no iptables-save and iptables-restore on PATH, %s: %w", strings.Join(programDirs, ", ")+t.orNFTables(), ErrUnsupported),
 			Remedy: "install the package iptables"}
 	}
 	var jobs []job
+	if p.Backend == tproxy.NFTables {
+		v, ok := p.Host.Variant(tproxy.NFTables)
+		step := tproxy.ReplaceRules{Backend: tproxy.NFTables}.String()
+		if !ok {
+			return nil, &ApplyError{Step: step,
+				Err:    fmt.Errorf("the plan was made for a kernel without nftables: %w", ErrUnsupported),
+				Remedy: "build the plan from what Runner.Probe observes"}
+		}
+		jobs = append(jobs, job{step: step, variant: v, want: p.WithRecord})
+	}
 	for _, f := range p.Families {
+		if p.Backend == tproxy.NFTables {
+			break
+		}
 		step := tproxy.ReplaceRules{Family: f, Backend: p.Backend}.String()
 		v, ok := p.Host.Variant(p.Backend)
 		if !ok || !v.Installed(f) {
@@ -179,7 +193,7 @@ func (t *transaction) applyJobs(p *tproxy.Plan) ([]job, error) {
 		t.inKernel(&now[i])
 	}
 	gone, err := t.removals(now, func(b tproxy.Backend, f rules.Family) bool {
-		return b != p.Backend || !slices.Contains(p.Families, f)
+		return b != p.Backend || f != 0 && !slices.Contains(p.Families, f)
 	})
 	return append(jobs, gone...), err
 }
@@ -192,6 +206,12 @@ func (t *transaction) removals(variants []tproxy.Variant, goes func(tproxy.Backe
 		if v.Unknown != "" {
 			return nil, &ApplyError{Step: "reading what is installed",
 				Err: fmt.Errorf("whether rules of ours stand in %s cannot be told: %s", v.Backend, v.Unknown)}
+		}
+		if v.Backend == tproxy.NFTables {
+			if len(v.Ours) > 0 && goes(v.Backend, 0) {
+				jobs = append(jobs, job{step: tproxy.RemoveRules{Backend: v.Backend}.String(), variant: v, want: nothing})
+			}
+			continue
 		}
 		for _, f := range v.Ours {
 			if !goes(v.Backend, f) {
@@ -375,7 +395,9 @@ func (t *transaction) write(ctx context.Context, jobs []job, rec tproxy.Record, 
 		// Before anything is written: to take the last NAT rule out and put it
 		// back would cost the redirected connections.
 		j := &jobs[i]
-		if len(rules.Compare(j.family, j.before.Ours, j.want(rec))) == 0 {
+		if c, err := j.change(j.before, j.want(rec)); err != nil {
+			return err
+		} else if c.nothing() {
 			continue
 		}
 		if err := blocked(j, j.before); err != nil {
@@ -465,7 +487,7 @@ func (t *transaction) did(step, what string, back func(context.Context) (bool, e
 // replace turns what is ours in one family of one backend into want.
 func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error {
 	now := j.before
-	fr := FamilyReport{Family: j.family, Backend: j.variant.Backend, Changes: rules.Compare(j.family, now.Ours, want)}
+	fr := FamilyReport{Family: j.family, Backend: j.variant.Backend, Changes: j.compare(now.Ours, want)}
 	done := func() error {
 		t.report.Changed = true
 		t.report.Steps = append(t.report.Steps, j.step)
@@ -474,7 +496,11 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 	}
 	passed, changes := 0, 0 // why it was tried again
 	for try := 1; ; try++ {
-		if len(rules.Compare(j.family, now.Ours, want)) == 0 {
+		c, err := j.change(now, want)
+		if err != nil {
+			return err
+		}
+		if c.nothing() {
 			if try > 1 {
 				return done() // a try that reported a failure had done it
 			}
@@ -485,9 +511,9 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 			return err
 		}
 		if t.lookOnly {
-			return &ApplyError{Step: j.step, Family: j.family, Err: fmt.Errorf("they are not so: %s", rules.Compare(j.family, now.Ours, want)[0])}
+			return &ApplyError{Step: j.step, Family: j.family, Err: fmt.Errorf("they are not so: %s", c.first(j.compare(now.Ours, want)))}
 		}
-		fr.Script = rules.Transition(j.family, now.Ours, want)
+		fr.Script = c.script
 		if t.dryRun {
 			t.report.Steps = append(t.report.Steps, j.step)
 			t.report.Families = append(t.report.Families, fr)
@@ -500,8 +526,7 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 			// Also for a try that fails: of two tables it may have changed one.
 			t.undo = append(t.undo, undo{putBackText(j), func(ctx context.Context) (bool, error) { return t.putBack(ctx, j) }})
 		}
-		err := t.restore(ctx, j.variant, j.family, j.step, fr.Script)
-		if err == nil {
+		if err = t.commit(ctx, j, j.step, c); err == nil {
 			return done()
 		}
 		again, moved := t.movedUnder(ctx, j, now, err)
@@ -531,6 +556,14 @@ func putBackText(j *job) string {
 	return tproxy.ReplaceRules{Family: j.family, Backend: j.variant.Backend}.Undo()
 }
 
+// commit carries out the one transaction of a change.
+func (t *transaction) commit(ctx context.Context, j *job, step string, c change) error {
+	if j.variant.Backend == tproxy.NFTables {
+		return t.commitTable(step, c.commands)
+	}
+	return t.restore(ctx, j.variant, j.family, step, c.script)
+}
+
 // movedUnder reads the rules again after a restore that failed, and reports whether
 // that is so because somebody changed them since now was read.
 func (t *transaction) movedUnder(ctx context.Context, j *job, now live, failed error) (again live, moved bool) {
@@ -538,6 +571,9 @@ func (t *transaction) movedUnder(ctx context.Context, j *job, now live, failed e
 		return live{}, false
 	}
 	again, err := t.save(ctx, j.variant, j.family)
+	if j.variant.Backend == tproxy.NFTables {
+		return again, err == nil && !sameTable(now.table, again.table)
+	}
 	return again, err == nil && changed(j.family, tableOf(failed), now, again)
 }
 
@@ -572,11 +608,11 @@ func (t *transaction) putBack(ctx context.Context, j *job) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		script := rules.Transition(j.family, now.Ours, j.before.Ours)
-		if script == nil {
+		c := j.changeBack(now)
+		if c.nothing() {
 			return passed+changes > 0, nil
 		}
-		if err = t.restore(ctx, j.variant, j.family, putBackText(j), script); err == nil {
+		if err = t.commit(ctx, j, putBackText(j), c); err == nil {
 			return true, nil
 		}
 		if _, moved := t.movedUnder(ctx, j, now, err); moved && changes+1 < maxTries {

@@ -34,7 +34,7 @@ func (t *transaction) drain(ctx context.Context, jobs []job, rec tproxy.Record) 
 	for i := range t.drained {
 		d := &t.drained[i]
 		k := slices.IndexFunc(jobs, func(j job) bool { return j.family == d.Family && j.variant.Backend == d.Backend })
-		d.Changes = rules.Compare(d.Family, jobs[k].before.Ours, rules.Set{})
+		d.Changes = jobs[k].compare(jobs[k].before.Ours, rules.Set{})
 	}
 	for end := time.Now().Add(t.drainFor); ; {
 		n, err := t.redirected(jobs)
@@ -67,7 +67,7 @@ func (t *transaction) redirected(jobs []job) (sum int, err error) {
 	for _, f := range rules.Families() {
 		var ports []uint16
 		for _, j := range jobs {
-			if j.family == f {
+			if j.of(f) {
 				ports = append(ports, redirectPorts(j.before)...)
 			}
 		}

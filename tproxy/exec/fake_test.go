@@ -41,6 +41,11 @@ type fakeMachine struct {
 	local     []netip.Prefix
 	held      bool
 	foreign   []string // tables of nftables
+	// table is ours in nftables, and noTable why there cannot be one; onCommit, if set, is
+	// called before each transaction and may refuse it.
+	table    *rules.Native
+	noTable  string
+	onCommit func([]rules.NativeCommand) error
 	// sent is where a datagram goes that is sent to an address; nil is as it was sent.
 	sent func(uid uint32, to netip.AddrPort) (netip.AddrPort, error)
 	// connections is how many redirected ones there are at each look, per family.
@@ -98,6 +103,7 @@ func newFakeMachineAt(proc string) *fakeMachine {
 		env:       make(map[string]string),
 		missing:   make(map[string]bool),
 		proc:      proc,
+		noTable:   "the fake machine has none",
 	}
 	for _, p := range prefixes {
 		f := rules.IPv4
@@ -178,6 +184,27 @@ func (m *fakeMachine) run(_ context.Context, c command) (result, error) {
 		return result{Stderr: []byte(name + ": " + err.Error()), Exit: 1}, nil
 	}
 	return result{}, nil
+}
+
+func (m *fakeMachine) noNFTables() string               { return m.noTable }
+func (m *fakeMachine) ownTable() (*rules.Native, error) { return m.table, nil }
+
+func (m *fakeMachine) commitTable(commands []rules.NativeCommand) (int, error) {
+	if m.dead {
+		return -1, errKilled
+	}
+	if m.onCommit != nil {
+		if err := m.onCommit(commands); err != nil {
+			return -1, err
+		}
+	}
+	after, failed, err := rules.NativeAfter(m.table, commands)
+	if err != nil {
+		return failed, err
+	}
+	m.writes++
+	m.table = after
+	return 0, nil
 }
 
 func (m *fakeMachine) ask(netip.Addr) error { return m.unanswered }

@@ -62,7 +62,7 @@ func everywhere(tproxy.Backend, rules.Family) bool { return true }
 // installation is what was read of an install; of two, in both variants, the one that
 // has a record.
 func installation(jobs []job) (found *Installation) {
-	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+	for _, b := range tproxy.Backends() {
 		i := Installation{Backend: b}
 		sets := make(map[rules.Family]rules.Set)
 		for _, j := range jobs {
@@ -70,10 +70,18 @@ func installation(jobs []job) (found *Installation) {
 			if j.variant.Backend != b || len(ours.Bases)+len(ours.Chains) == 0 {
 				continue
 			}
-			sets[j.family] = ours
 			i.Kuma = i.Kuma || len(j.before.Kuma) > 0
-			if !slices.Contains(i.Families, j.family) {
-				i.Families = append(i.Families, j.family)
+			for _, f := range rules.Families() {
+				if !j.of(f) || !ours.Has(f) {
+					continue
+				}
+				sets[f] = ours
+				if b == tproxy.NFTables { // as iptables would list it
+					sets[f] = ours.Lower(f)
+				}
+				if !slices.Contains(i.Families, f) {
+					i.Families = append(i.Families, f)
+				}
 			}
 		}
 		if len(sets) == 0 {

@@ -13,8 +13,9 @@ import (
 
 // Live is what a network namespace holds of netfilter, ours and others'.
 type Live struct {
-	// Rules are those that iptables-save prints: for each family one entry for
-	// each variant of iptables that has tables here.
+	// Rules are those that iptables-save prints, and those of our table in nftables: for
+	// each family one entry for each variant of iptables that has tables here, and for
+	// the table.
 	Rules []LiveRules
 	// Hidden is what sees packets and what iptables-save does not show.
 	Hidden []Hidden
@@ -25,7 +26,9 @@ type Live struct {
 	Routes map[netip.Addr]Route
 }
 
-// LiveRules are the rules of a family that one variant of iptables holds.
+// LiveRules are the rules of a family that one variant of iptables, or our table in
+// nftables, holds. In the latter they stand as they are there: a rule may be about more
+// than one port or address.
 type LiveRules struct {
 	Family  rules.Family
 	Backend tproxy.Backend
@@ -79,6 +82,9 @@ func (r *Runner) Live(ctx context.Context, to ...netip.Addr) (Live, error) {
 	}
 	l := Live{Routes: make(map[netip.Addr]Route)}
 	read := reader{session: s, ctx: ctx, variants: s.variants(ctx), Live: &l}
+	if err := read.table(); err != nil {
+		return Live{}, err
+	}
 	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
 		for _, f := range rules.Families() {
 			if err := read.family(b, f); err != nil {
@@ -109,6 +115,24 @@ type reader struct {
 	ctx      context.Context
 	variants []tproxy.Variant
 	shown    []string // the tables of nftables that iptables-save shows
+}
+
+// table reads our table in nftables.
+func (r *reader) table() error {
+	if r.m.noNFTables() != "" {
+		return nil
+	}
+	n, err := r.m.ownTable()
+	if err != nil || n == nil {
+		return err
+	}
+	set := n.Set()
+	for _, f := range rules.Families() {
+		if set.Has(f) {
+			r.Rules = append(r.Rules, LiveRules{Family: f, Backend: tproxy.NFTables, Set: set})
+		}
+	}
+	return nil
 }
 
 // family reads what a variant holds of a family, if it has tables at all.
@@ -164,6 +188,9 @@ func (r *reader) others() error {
 	}
 	for _, b := range bases {
 		table := b.Table.Family + " " + b.Table.Name
+		if table == "inet "+tproxy.NFTable {
+			continue
+		}
 		what := "table " + table
 		if slices.Contains(r.shown, table) {
 			if listed(b) {

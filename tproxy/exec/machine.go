@@ -62,6 +62,13 @@ type machine interface {
 	tables(nft bool, f rules.Family) ([]rules.Table, error)
 	chains(nft bool, f rules.Family, t rules.Table) ([]string, error)
 	hasRules(nft bool, f rules.Family, t rules.Table) (bool, error)
+	// ownTable reads the table of ours in nftables; nil where there is none. commitTable
+	// carries out commands on it in one transaction; of a failure it tells which of them
+	// the kernel refused, from 0, or -1 where that is none. noNFTables is the reason for
+	// which this kernel cannot hold such a table, or "".
+	ownTable() (*rules.Native, error)
+	commitTable(commands []rules.NativeCommand) (failed int, err error)
+	noNFTables() string
 	// foreignTables lists the tables of nftables that iptables does not show.
 	foreignTables() ([]string, error)
 	// bases lists the base chains of nftables, empty tables of others left out,

@@ -67,7 +67,7 @@ func (s *session) probe(ctx context.Context, n tproxy.Needs) (h tproxy.Host, err
 			return h, err
 		}
 	}
-	h.Variants = s.variants(ctx)
+	h.Variants, h.NoNFTables = s.variants(ctx), s.m.noNFTables()
 	if n.Persist != nil {
 		s.persistence(ctx, *n.Persist, &h)
 	}

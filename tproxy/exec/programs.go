@@ -60,6 +60,11 @@ func (s *session) variants(ctx context.Context) []tproxy.Variant {
 	s.inKernel(&nft)
 	s.inKernel(&legacy)
 	var out []tproxy.Variant
+	if s.m.noNFTables() == "" {
+		own := tproxy.Variant{Backend: tproxy.NFTables}
+		s.inKernel(&own)
+		out = append(out, own)
+	}
 	for _, v := range []tproxy.Variant{nft, legacy} {
 		if v.IPv4 != (tproxy.Programs{}) || v.IPv6 != (tproxy.Programs{}) || v.Rules || len(v.Ours) > 0 {
 			out = append(out, v)
@@ -109,6 +114,15 @@ func (s *session) variantOf(ctx context.Context, path, target string) (tproxy.Ba
 
 // inKernel fills in what the kernel holds of the variant.
 func (s *session) inKernel(v *tproxy.Variant) {
+	if v.Backend == tproxy.NFTables {
+		switch n, err := s.m.ownTable(); {
+		case err != nil:
+			v.Unknown = err.Error()
+		case n != nil:
+			v.Rules, v.Ours = true, rules.Families()
+		}
+		return
+	}
 	nft := v.Backend == tproxy.IPTablesNFT
 	for _, f := range rules.Families() {
 		tables, err := s.m.tables(nft, f)

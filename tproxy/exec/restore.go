@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/coreos/go-iptables/iptables"
@@ -22,6 +23,7 @@ type live struct {
 	text []byte
 	all  rules.Set
 	tproxy.Found
+	table *rules.Native // of nftables
 }
 
 // savedText is what iptables-save prints of a family, and the step that it is.
@@ -45,6 +47,9 @@ func (s *session) savedText(ctx context.Context, v tproxy.Variant, f rules.Famil
 // save reads the rules of a family. Where the kernel has no table for it there are none,
 // and no process need be started to hear so: as in a network namespace that is new.
 func (s *session) save(ctx context.Context, v tproxy.Variant, f rules.Family) (live, error) {
+	if v.Backend == tproxy.NFTables {
+		return s.savedTable()
+	}
 	if tables, err := s.m.tables(v.Backend == tproxy.IPTablesNFT, f); err == nil && len(tables) == 0 {
 		return live{}, nil
 	}
@@ -65,7 +70,7 @@ func (s *session) save(ctx context.Context, v tproxy.Variant, f rules.Family) (l
 	if err != nil {
 		return live{}, &ApplyError{Step: step, Family: f, Program: path, Err: err}
 	}
-	l := live{text, all, tproxy.Find(f, all)}
+	l := live{text: text, all: all, Found: tproxy.Find(f, all)}
 	l.add(f, s.former[place{v.Backend, f}])
 	return l, nil
 }
@@ -307,6 +312,11 @@ func passes(err error) bool {
 	e, ok := errors.AsType[*ApplyError](err)
 	if !ok || errors.Is(err, ErrLocked) {
 		return ok
+	}
+	for _, errno := range []syscall.Errno{syscall.EAGAIN, syscall.EBUSY, syscall.ENOBUFS, syscall.EINTR} {
+		if errors.Is(e.Err, errno) {
+			return true
+		}
 	}
 	return slices.ContainsFunc([]string{"Resource temporarily unavailable", "Device or resource busy", "Resource busy"},
 		func(words string) bool { return strings.Contains(e.Stderr, words) })

@@ -29,7 +29,8 @@ type Snapshot struct {
 	Nameserver *SnapshotNameserver
 }
 
-// SnapshotRules is what iptables-save printed of a family.
+// SnapshotRules is what iptables-save printed of a family, or, with NFTables and Family
+// 0, the table as nft(8) reads it.
 type SnapshotRules struct {
 	Backend tproxy.Backend
 	Family  rules.Family
@@ -100,7 +101,14 @@ func (s *Snapshot) UnmarshalJSON(text []byte) error {
 	for _, r := range in.Rules {
 		b, err := tproxy.ParseBackend(r.Backend)
 		if err != nil || b == tproxy.Auto {
-			return fmt.Errorf("snapshot: backend %q: accepted is iptables-nft or iptables-legacy", r.Backend)
+			return fmt.Errorf("snapshot: backend %q: accepted is nftables, iptables-nft or iptables-legacy", r.Backend)
+		}
+		if b == tproxy.NFTables {
+			if n, err := rules.ParseNative(r.Text); err != nil || n.Table != tproxy.NFTable {
+				return fmt.Errorf("snapshot: table %q of nftables: %w", n.Table, cmp.Or(err, fmt.Errorf("accepted is %s", tproxy.NFTable)))
+			}
+			out.Rules = append(out.Rules, SnapshotRules{Backend: b, Text: r.Text})
+			continue
 		}
 		i := slices.IndexFunc(rules.Families(), func(f rules.Family) bool { return f.String() == r.Family })
 		if i < 0 {
@@ -247,6 +255,19 @@ func (t *transaction) restoreJobs(ctx context.Context, before *Snapshot) ([]job,
 	for _, r := range before.Rules {
 		step := fmt.Sprintf("the former %s rules by %s", r.Family, r.Backend)
 		i := slices.IndexFunc(variants, func(v tproxy.Variant) bool { return v.Backend == r.Backend && v.Installed(r.Family) })
+		if r.Backend == tproxy.NFTables {
+			step = tproxy.ReplaceRules{Backend: r.Backend}.Undo()
+			n, err := rules.ParseNative(r.Text)
+			if err == nil && i < 0 {
+				err = fmt.Errorf("%w: %s", ErrUnsupported, t.m.noNFTables())
+			}
+			if err != nil {
+				return nil, &ApplyError{Step: step, Err: err}
+			}
+			was := n.Set()
+			jobs = append(jobs, job{step: step, variant: variants[i], want: func(tproxy.Record) rules.Set { return was }})
+			continue
+		}
 		if i < 0 {
 			return nil, &ApplyError{Step: step, Family: r.Family,
 				Err:    fmt.Errorf("the programs of %s for %s are not here any more: %w", r.Backend, r.Family, ErrUnsupported),
@@ -261,7 +282,7 @@ func (t *transaction) restoreJobs(ctx context.Context, before *Snapshot) ([]job,
 		jobs = append(jobs, job{step: step, variant: variants[i], family: r.Family, want: func(tproxy.Record) rules.Set { return was }})
 	}
 	gone, err := t.removals(variants, func(b tproxy.Backend, f rules.Family) bool {
-		return !slices.ContainsFunc(before.Rules, func(r SnapshotRules) bool { return r.Backend == b && r.Family == f })
+		return !slices.ContainsFunc(before.Rules, func(r SnapshotRules) bool { return r.Backend == b && (r.Family == f || f == 0) })
 	})
 	return append(jobs, gone...), err
 }

@@ -58,7 +58,7 @@ type Status struct {
 
 // Counter is what the kernel has counted at a rule of ours since it was made.
 type Counter struct {
-	Family rules.Family
+	Family rules.Family // 0 is both
 	Table  rules.Table
 	Chain  string
 	Index  int // of the rule in its chain, from 1
@@ -194,6 +194,12 @@ func (l *looker) read(ctx context.Context) error {
 	variants := l.variants(ctx)
 	l.known = variants
 	read := reader{session: l.session, ctx: ctx, variants: variants, Live: &l.live}
+	if err := read.table(); err != nil {
+		l.cannot("%v", err)
+		for _, f := range rules.Families() {
+			l.unread = append(l.unread, LiveRules{Family: f, Backend: tproxy.NFTables})
+		}
+	}
 	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
 		for _, f := range rules.Families() {
 			if err := read.family(b, f); err != nil {
@@ -213,6 +219,9 @@ func (l *looker) read(ctx context.Context) error {
 			l.cannot("whether rules of ours stand in %s cannot be told: %s", v.Backend, v.Unknown)
 		}
 		for _, f := range v.Ours {
+			if v.Backend == tproxy.NFTables {
+				break
+			}
 			if !slices.ContainsFunc(l.live.Rules, func(r LiveRules) bool { return r.Family == f && r.Backend == v.Backend }) {
 				l.cannot("%s rules of ours stand in %s, and its save program is not here", f, v.Backend)
 				l.unread = append(l.unread, LiveRules{Family: f, Backend: v.Backend})
@@ -221,7 +230,11 @@ func (l *looker) read(ctx context.Context) error {
 	}
 	for _, r := range l.live.Rules {
 		v := tproxy.Variant{Backend: r.Backend}
-		l.jobs = append(l.jobs, job{variant: v, family: r.Family, before: live{all: r.Set, Found: tproxy.Find(r.Family, r.Set)}})
+		found := tproxy.Found{Ours: r.Set}
+		if r.Backend != tproxy.NFTables {
+			found = tproxy.Find(r.Family, r.Set)
+		}
+		l.jobs = append(l.jobs, job{variant: v, family: r.Family, before: live{all: r.Set, Found: found}})
 	}
 	l.found = installation(l.jobs)
 	for _, j := range l.jobs {
@@ -437,8 +450,14 @@ func (l *looker) names(ctx context.Context, plan *tproxy.Plan) error {
 
 // count collects the counters of the rules of ours.
 func (l *looker) count() {
-	for _, f := range l.Families {
+	for i, f := range l.Families {
 		ours := l.ours(f).Ours
+		if l.Backend == tproxy.NFTables { // a rule is for both, unless it says for which
+			if i > 0 {
+				break
+			}
+			f = 0
+		}
 		each := func(t rules.Table, chain string, list []rules.Rule) {
 			for i, r := range list {
 				if r.Record || tproxy.IsRecord(t, chain) {

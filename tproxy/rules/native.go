@@ -81,13 +81,15 @@ const (
 	KeyMark                                 // meta mark
 )
 
-// nativeKeys has for each key its text in nft(8), its size in bytes, and the type that
-// a set of it has.
-var nativeKeys = [...]struct {
+type nativeKey struct {
 	text string
 	size int
 	set  string
-}{
+}
+
+// nativeKeys has for each key its text in nft(8), its size in bytes, and the type that
+// a set of it has.
+var nativeKeys = [...]nativeKey{
 	KeyFamily:          {"meta nfproto", 1, ""},
 	KeyProtocol:        {"meta l4proto", 1, ""},
 	KeyInInterface:     {"iifname", 16, ""},
@@ -221,13 +223,12 @@ func nativeName(t Table, name string) string { return string(t) + "." + name }
 type nativeMaker struct {
 	Native
 	set    Set
-	table  Table
-	base   bool // whether the chain at hand is one at a hook
+	table  Table // of the chain at hand
 	faults []Fault
 }
 
 func (n *nativeMaker) chain(out NativeChain, t Table, name string, list []Rule) {
-	n.table, n.base = t, out.Hook != ""
+	n.table = t
 	for i := range list {
 		if what := nativeFault(&list[i], !n.set.NoComments || list[i].Record); what != "" {
 			n.faults = append(n.faults, Fault{t, name, i + 1, what})
@@ -280,10 +281,11 @@ const negatedOwner = "an owner that is excepted: of packets without one nftables
 func (n *nativeMaker) rules(out []NativeRule, r *Rule) []NativeRule {
 	addresses := slices.ContainsFunc(r.Matches, func(m Match) bool { return m.rank() <= Destination{}.rank() })
 	if !addresses {
-		if n.base && n.set.Only != 0 {
-			return append(out, n.rule(r, n.set.Only))
+		only := n.set.Only
+		if r.Record { // no packet meets it
+			only = 0
 		}
-		return append(out, n.rule(r, 0))
+		return append(out, n.rule(r, only))
 	}
 	for _, f := range Families() {
 		if (n.set.Only == 0 || n.set.Only == f) && r.For(f) {

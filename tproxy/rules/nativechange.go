@@ -2,6 +2,8 @@ package rules
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"slices"
 )
 
@@ -73,6 +75,96 @@ func NativeTransition(live, want *Native) []NativeCommand {
 	}
 	return append(out, live.gone(want)...)
 }
+
+// NativeAfter returns what live becomes by the commands, nil for no table. As the kernel
+// it carries out all or none: of one that is refused it returns the place, from 0, and
+// the reason.
+func NativeAfter(live *Native, commands []NativeCommand) (after *Native, failed int, err error) {
+	if live != nil {
+		after = &Native{live.Table, slices.Clone(live.Sets), slices.Clone(live.Chains), live.Strange}
+	}
+	for i, c := range commands {
+		if after == nil && c.Verb != AddTable {
+			return live, i, fmt.Errorf("%s: there is no table", c)
+		}
+		switch c.Verb {
+		case AddTable:
+			if after == nil {
+				after = &Native{Table: c.Table}
+			}
+		case DeleteTable:
+			after = nil
+		default:
+			if err := after.carryOut(c); err != nil {
+				return live, i, fmt.Errorf("%s: %w", c, err)
+			}
+		}
+	}
+	return after, 0, nil
+}
+
+func (n *Native) carryOut(c NativeCommand) error {
+	_, setThere := n.set(c.Set.Name)
+	at := slices.IndexFunc(n.Chains, func(k NativeChain) bool { return k.Name == c.Chain.Name })
+	switch c.Verb {
+	case AddSet, DeleteSet:
+		switch adds := c.Verb == AddSet; {
+		case adds && setThere:
+			return errors.New("it is there")
+		case adds:
+			n.Sets = append(n.Sets, c.Set)
+		case !setThere:
+			return errors.New("it is not there")
+		case n.uses(c.Set.Name):
+			return errors.New("it is in use")
+		default:
+			n.Sets = slices.DeleteFunc(n.Sets, func(s NativeSet) bool { return s.Name == c.Set.Name })
+		}
+		return nil
+	case AddChain:
+		if at >= 0 {
+			return errors.New("it is there")
+		}
+		n.Chains = append(n.Chains, c.Chain)
+		return nil
+	}
+	if at < 0 {
+		return errors.New("the chain is not there")
+	}
+	switch c.Verb {
+	case FlushChain:
+		n.Chains[at].Rules = nil
+	case DeleteChain:
+		if n.uses(c.Chain.Name) || len(n.Chains[at].Rules) > 0 {
+			return errors.New("it is in use")
+		}
+		n.Chains = slices.Delete(n.Chains, at, at+1)
+	case AddRule:
+		if to := c.Rule.target(); to != "" {
+			if _, there := n.chain(to); !there {
+				return fmt.Errorf("chain %q is not there", to)
+			}
+		}
+		for _, m := range c.Rule.Matches {
+			if _, there := n.set(m.Set); m.Set != "" && !there {
+				return fmt.Errorf("set %q is not there", m.Set)
+			}
+		}
+		n.Chains[at].Rules = append(slices.Clone(n.Chains[at].Rules), c.Rule)
+	}
+	return nil
+}
+
+// uses reports whether a rule leads to the chain, or looks into the set.
+func (n *Native) uses(name string) bool {
+	return slices.ContainsFunc(n.Chains, func(k NativeChain) bool {
+		return slices.ContainsFunc(k.Rules, func(r NativeRule) bool {
+			return r.target() == name || slices.ContainsFunc(r.Matches, func(m NativeMatch) bool { return m.Set == name })
+		})
+	})
+}
+
+func (r NativeRule) target() string { return Rule{Action: r.Action}.Target() }
 
 // commands make the table.
 func (n *Native) commands() []NativeCommand {

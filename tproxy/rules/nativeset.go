@@ -12,47 +12,59 @@ import (
 
 // Set returns the table as a Set: what Native makes of a Set does to packets what the
 // Set does, and lowered for a family the two are the same rules. What no rule of a Set
-// says becomes Opaque, and so does every base chain at another place than Native's; the
-// error is for a chain whose name says no table.
-func (n Native) Set() (Set, error) {
+// says becomes Opaque, and so does what is Strange: which packets it concerns cannot be
+// told.
+func (n Native) Set() Set {
 	out := Set{}
-	var errs []error
+	strange := n.Strange
 	for i := range n.Chains {
-		if err := n.addChain(&out, &n.Chains[i]); err != nil {
-			errs = append(errs, err)
+		if !n.addChain(&out, &n.Chains[i]) {
+			strange = append(slices.Clip(strange), "chain "+n.Chains[i].Name)
 		}
 	}
-	if len(n.Strange) > 0 { // which of the packets it concerns cannot be told
+	if len(strange) > 0 {
 		for i := range out.Bases {
-			out.Bases[i].Rules = append([]Rule{unknown(strings.Join(n.Strange, ", "))}, out.Bases[i].Rules...)
+			out.Bases[i].Rules = append([]Rule{unknown(strings.Join(strange, ", "))}, out.Bases[i].Rules...)
 		}
 	}
 	out.Only = n.only()
-	if len(errs) > 0 {
-		return out, fmt.Errorf("table inet %s: %w", n.Table, errs[0])
-	}
-	return out, nil
+	return out
 }
 
-// only is the family that every rule at a hook is for, and none elsewhere is not, or 0.
+// Known returns the table without what no table made by Set.Native has: what can be
+// made again of it.
+func (n Native) Known() Native {
+	n.Strange = nil
+	n.Chains = slices.Clone(n.Chains)
+	for i := range n.Chains {
+		c := &n.Chains[i]
+		c.Rules = slices.DeleteFunc(slices.Clone(c.Rules), func(r NativeRule) bool { return r.Unknown != "" })
+	}
+	return n
+}
+
+// only is the family that every rule is for, but for a record, which no packet meets;
+// or 0.
 func (n Native) only() (f Family) {
-	atHook := false
 	for _, c := range n.Chains {
-		for _, r := range c.Rules {
-			g := r.family()
-			if g == 0 && c.Hook == "" {
+		for i := range c.Rules {
+			g := c.Rules[i].family()
+			if g == 0 && c.Rules[i].isRecord() {
 				continue
 			}
 			if g == 0 || f != 0 && f != g {
 				return 0
 			}
-			f, atHook = g, atHook || c.Hook != ""
+			f = g
 		}
 	}
-	if !atHook {
-		return 0
-	}
 	return f
+}
+
+// isRecord reports whether the rule is one whose text is data (Rule.Record).
+func (r *NativeRule) isRecord() bool {
+	_, returns := r.Action.(Return)
+	return !r.Counted && returns && len(r.Matches) == 0 && r.Comment != ""
 }
 
 // family is the one that the rule is for, or 0.
@@ -69,11 +81,12 @@ func (r NativeRule) family() Family {
 	return 0
 }
 
-func (n Native) addChain(out *Set, c *NativeChain) error {
-	t, name, ok := strings.Cut(c.Name, ".")
+// addChain adds one to the Set, and reports whether its name is that of one.
+func (n Native) addChain(out *Set, c *NativeChain) bool {
+	t, name, _ := strings.Cut(c.Name, ".")
 	table := Table(t)
-	if !ok || !slices.Contains(tableOrder[:], table) {
-		return fmt.Errorf("chain %q is of no table of a Set", c.Name)
+	if !slices.Contains(tableOrder[:], table) || !isHook(table, name) && !validName(name) || (c.Hook != "") != isHook(table, name) {
+		return false
 	}
 	list := make([]Rule, 0, len(c.Rules))
 	for i := 0; i < len(c.Rules); i++ {
@@ -87,7 +100,7 @@ func (n Native) addChain(out *Set, c *NativeChain) error {
 	}
 	if c.Hook == "" {
 		out.Chains = append(out.Chains, Chain{Table: table, Name: name, Rules: list})
-		return nil
+		return true
 	}
 	b := BaseChain{Table: table, Hook: c.Hook, Place: First, Rules: list}
 	kind, priority := nativeBase(b)
@@ -99,7 +112,7 @@ func (n Native) addChain(out *Set, c *NativeChain) error {
 		b.Rules = append([]Rule{unknown(fmt.Sprintf("type %s hook %s priority %d", c.Type, strings.ToLower(string(c.Hook)), c.Priority))}, b.Rules...)
 	}
 	out.Bases = append(out.Bases, b)
-	return nil
+	return true
 }
 
 func unknown(what string) Rule {
@@ -114,7 +127,7 @@ func (n Native) rule(r *NativeRule) Rule {
 		u.Why, u.Counter = r.Comment, r.Counter
 		return u
 	}
-	if _, returns := r.Action.(Return); !r.Counted && returns && len(r.Matches) == 0 && r.Comment != "" {
+	if r.isRecord() {
 		out.Record, out.Why = true, strings.ReplaceAll(r.Comment, "'", `"`)
 	}
 	switch a := r.Action.(type) {

@@ -189,10 +189,12 @@ func (m NativeMatch) append(b []byte, proto Protocol) []byte {
 }
 
 // isPrefix reports whether the match is about a prefix of addresses.
-func (m NativeMatch) isPrefix() bool {
+func (m NativeMatch) isPrefix() bool { return m.Mask != nil && m.isAddress() }
+
+func (m NativeMatch) isAddress() bool {
 	switch m.Key {
 	case KeySource4, KeySource6, KeyDestination4, KeyDestination6:
-		return m.Mask != nil
+		return true
 	}
 	return false
 }

@@ -1,0 +1,165 @@
+package exec
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
+)
+
+// readingTable is the step of reading our table of nftables.
+const readingTable = "reading table inet " + tproxy.NFTable
+
+// savedTable reads our table of nftables: what save is to a variant of iptables.
+func (s *session) savedTable() (live, error) {
+	n, err := s.m.ownTable()
+	if err != nil {
+		return live{}, &ApplyError{Step: readingTable, Err: err}
+	}
+	return liveTable(n), nil
+}
+
+// liveTable is what a table holds; nil is none. All of it is ours.
+func liveTable(n *rules.Native) live {
+	if n == nil {
+		return live{}
+	}
+	set := n.Set()
+	return live{text: n.Known().Text(), all: set, Found: tproxy.Found{Ours: set}, table: n}
+}
+
+// orNFTables says why no rules can stand in nftables, after the reason for iptables.
+func (s *session) orNFTables() string {
+	if why := s.m.noNFTables(); why != "" {
+		return ", and no table in nftables: " + why
+	}
+	return ""
+}
+
+// change is what one transaction of a job is to do.
+type change struct {
+	script   []byte                // for iptables-restore, or what nft(8) would read
+	commands []rules.NativeCommand // of nftables
+}
+
+func (c change) nothing() bool { return len(c.script) == 0 && len(c.commands) == 0 }
+
+// first says what departs from what is wanted, in a line.
+func (c change) first(changes []rules.Change) string {
+	if len(changes) > 0 {
+		return changes[0].String()
+	}
+	line, _, _ := strings.Cut(string(c.script), "\n")
+	return line
+}
+
+func sameTable(a, b *rules.Native) bool {
+	return (a == nil) == (b == nil) && (a == nil || a.Equal(b))
+}
+
+// change leads from what was read to want.
+func (j *job) change(now live, want rules.Set) (change, error) {
+	if j.variant.Backend != tproxy.NFTables {
+		return change{script: rules.Transition(j.family, now.Ours, want)}, nil
+	}
+	if !holds(want) {
+		return tableChange(now.table, nil), nil
+	}
+	n, err := want.Native(tproxy.NFTable)
+	if err != nil {
+		return change{}, &ApplyError{Step: j.step, Err: err}
+	}
+	return tableChange(now.table, &n), nil
+}
+
+func tableChange(now, want *rules.Native) (c change) {
+	c.commands = rules.NativeTransition(now, want)
+	if now == nil && want != nil {
+		c.script = want.Text()
+	} else {
+		c.script = rules.NativeScript(c.commands)
+	}
+	return c
+}
+
+// changeBack leads from what was read to what the job had found.
+func (j *job) changeBack(now live) change {
+	if j.variant.Backend != tproxy.NFTables {
+		return change{script: rules.Transition(j.family, now.Ours, j.before.Ours)}
+	}
+	if j.before.table == nil {
+		return tableChange(now.table, nil)
+	}
+	n := j.before.table.Known()
+	return tableChange(now.table, &n)
+}
+
+// compare lists how what is ours departs from want: of a table of nftables in both
+// families.
+func (j *job) compare(ours, want rules.Set) (out []rules.Change) {
+	for _, f := range rules.Families() {
+		if j.of(f) {
+			out = append(out, rules.Compare(f, ours, want)...)
+		}
+	}
+	return out
+}
+
+// of reports whether the job is about a family: that of nftables is about both.
+func (j *job) of(f rules.Family) bool { return j.family == 0 || j.family == f }
+
+// commitTable carries out commands in one transaction.
+func (s *session) commitTable(step string, commands []rules.NativeCommand) error {
+	at, err := s.m.commitTable(commands)
+	if err == nil {
+		return nil
+	}
+	e := &ApplyError{Step: step, Err: err}
+	if at >= 0 && at < len(commands) {
+		c := commands[at]
+		e.Line, e.Rule = at+1, c.String()
+		name := cmp.Or(c.Chain.Name, c.Set.Name)
+		if t, _, ok := strings.Cut(name, "."); ok {
+			e.Table = rules.Table(t)
+		}
+	}
+	s.diagnoseTable(e)
+	return e
+}
+
+// nftModules are the kernel modules behind what a command says.
+var nftModules = []struct{ word, module string }{
+	{"redirect to", "nft_redir"},
+	{"fib ", "nft_fib_inet"},
+	{"ct zone", "nft_ct"},
+	{"ct state", "nft_ct"},
+	{"type nat", "nft_chain_nat"},
+	{"type route", "nf_tables"},
+}
+
+// diagnoseTable names the cause and the remedy of what the kernel has refused.
+func (s *session) diagnoseTable(e *ApplyError) {
+	const otherwise = "--backend iptables-nft or iptables-legacy"
+	switch {
+	case errors.Is(e.Err, syscall.EPERM):
+		e.Err = fmt.Errorf("%w (%w)", ErrNotRoot, e.Err)
+		e.Remedy = "run as root, or with CAP_NET_ADMIN; if you did, a security module (SELinux, seccomp) denies it: see its log"
+	case errors.Is(e.Err, errors.ErrUnsupported):
+		e.Err = fmt.Errorf("%w (%w)", ErrUnsupported, e.Err)
+		e.Remedy = "this kernel has no nf_tables, or none for the family inet (CONFIG_NF_TABLES_INET): " + otherwise
+	case errors.Is(e.Err, syscall.EINVAL) && strings.Contains(e.Rule, "meta skuid") && s.mapsUIDs():
+		e.Remedy = "this is a user namespace, where rules can name only the UIDs that it has: see /proc/self/uid_map"
+	case errors.Is(e.Err, syscall.ENOENT) || errors.Is(e.Err, syscall.EOPNOTSUPP):
+		i := slices.IndexFunc(nftModules, func(m struct{ word, module string }) bool { return strings.Contains(e.Rule, m.word) })
+		if i < 0 {
+			return
+		}
+		e.Err = fmt.Errorf("%w (%w)", ErrNoModule, e.Err)
+		e.Remedy = fmt.Sprintf("modprobe %s, or %s; a chain of nat in the family inet takes Linux 5.2", nftModules[i].module, otherwise)
+	}
+}
