@@ -329,6 +329,9 @@ const (
 	IPTablesNFT
 	// IPTablesLegacy is iptables over the kernel's ip_tables.
 	IPTablesLegacy
+	// NFTables is a table of our own in the kernel's nf_tables, for both families,
+	// written over netlink without any program.
+	NFTables
 )
 
 // String writes the backend as ParseBackend reads it.
@@ -340,18 +343,25 @@ func (b Backend) String() string {
 		return "iptables-nft"
 	case IPTablesLegacy:
 		return "iptables-legacy"
+	case NFTables:
+		return "nftables"
 	}
 	return fmt.Sprintf("Backend(%d)", uint8(b))
 }
 
-// ParseBackend reads "auto", "iptables-nft" or "iptables-legacy".
+const acceptedBackend = "auto, nftables, iptables-nft or iptables-legacy"
+
+// Backends lists what can hold the rules, in the order in which they are looked at.
+func Backends() []Backend { return []Backend{NFTables, IPTablesNFT, IPTablesLegacy} }
+
+// ParseBackend reads "auto", "nftables", "iptables-nft" or "iptables-legacy".
 func ParseBackend(s string) (Backend, error) {
-	for _, b := range []Backend{Auto, IPTablesNFT, IPTablesLegacy} {
+	for b := Auto; b <= NFTables; b++ {
 		if s == b.String() {
 			return b, nil
 		}
 	}
-	return 0, fmt.Errorf("%q: accepted is auto, iptables-nft or iptables-legacy", s)
+	return 0, fmt.Errorf("%q: accepted is %s", s, acceptedBackend)
 }
 
 // ParsePrefixes reads a comma list of addresses and CIDRs of either family. The

@@ -37,7 +37,7 @@ func TestGolden(t *testing.T) {
 				plan, err = tproxy.Build(cfg, host(t, a))
 			}
 			if err != nil {
-				Golden(t, file, section("error", err.Error()), section("v4", ""), section("v6", ""), section("steps", ""), section("walks", ""))
+				Golden(t, file, section("error", err.Error()), section("v4", ""), section("v6", ""), section("nft", ""), section("steps", ""), section("walks", ""))
 				return
 			}
 			walks, ok := a.Section("walks")
@@ -48,6 +48,7 @@ func TestGolden(t *testing.T) {
 				section("error", ""),
 				section("v4", string(plan.Rules.IPTables(rules.IPv4))),
 				section("v6", string(plan.Rules.IPTables(rules.IPv6))),
+				section("nft", string(plan.Rules.NFTables(tproxy.NFTable))),
 				section("steps", steps(plan)),
 				section("walks", Walks(t, plan, Env(), walks)))
 			walkEveryForm(t, plan, walks)

@@ -109,20 +109,23 @@ type RemoteShell struct {
 	Why  string // how it is known
 }
 
-// Variant is a variant of iptables on a host.
+// Variant is what can hold the rules on a host: a variant of iptables, or nftables.
 type Variant struct {
 	Backend Backend
 	Version string // such as 1.8.9, where known
 	// Programs are the paths of the programs of each family; an empty path
-	// means there is none.
+	// means there is none. NFTables has none.
 	IPv4, IPv6 Programs
+	// Cannot is the reason for which NFTables cannot be used; empty where it can, and
+	// for a variant of iptables.
+	Cannot string
 	// Default is whether the plain names, iptables-save and so on, are this
 	// variant: what other programs on this host use unasked.
 	Default bool
 	// Rules is whether the kernel holds rules of this variant.
 	Rules bool
 	// Ours are the families in which some of those rules are ours, or were left by
-	// Kuma's own installer.
+	// Kuma's own installer. Of NFTables they are both, if there is a table of ours.
 	Ours []rules.Family
 	// Unknown is the reason for which Rules and Ours could not be told.
 	Unknown string
@@ -139,8 +142,11 @@ func (v Variant) For(f rules.Family) Programs {
 	return v.IPv4
 }
 
-// Installed reports whether the variant has the programs for a family.
+// Installed reports whether the variant has the programs for a family, or needs none.
 func (v Variant) Installed(f rules.Family) bool {
+	if v.Backend == NFTables {
+		return v.Cannot == ""
+	}
 	p := v.For(f)
 	return p.Save != "" && p.Restore != ""
 }

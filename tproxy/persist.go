@@ -173,6 +173,10 @@ func (p *Plan) autoPersist() *Refusal {
 		none("nothing is known of the host")
 	case h.Elsewhere != "":
 		none(h.Elsewhere)
+	case h.Firewalld && p.survivesFirewalld() && h.NoSystemd != "":
+		none(h.NoSystemd)
+	case h.Firewalld && p.survivesFirewalld():
+		p.Persist, p.PersistWhy = PersistSystemd, "firewalld, which runs here, leaves a table of our own in nftables alone, and systemd is process 1"
 	case h.Firewalld && h.Failed+h.NoFirewalld != "":
 		return &Refusal{"firewalld rules this host and takes rules out that it does not know, and it cannot be told of ours: " + or(h.Failed, h.NoFirewalld),
 			"mend that first, or choose --persist systemd or none"}
@@ -184,6 +188,13 @@ func (p *Plan) autoPersist() *Refusal {
 		none(h.NoSystemd)
 	}
 	return nil
+}
+
+// survivesFirewalld reports whether the rules will stand in a table of our own, which
+// firewalld leaves alone when it starts, reloads and stops.
+func (p *Plan) survivesFirewalld() bool {
+	v, ok := p.Host.Variant(NFTables)
+	return ok && v.Cannot == "" && (p.Config.Backend == NFTables || p.Config.Backend == Auto && p.ownTable(v))
 }
 
 // beside reports whether the install has more than rules.

@@ -50,15 +50,18 @@ type Step interface {
 // AddAddress adds an address to the loopback interface, unless it is there.
 type AddAddress struct{ Prefix netip.Prefix }
 
+const inTable = "rules of IPv4 and IPv6 in table inet " + NFTable
+
 // ReplaceRules replaces what is ours in the tables of a family by the plan's
-// rules, in one transaction a table.
+// rules, in one transaction a table. With NFTables there is one step and one
+// transaction for both families, and Family is 0.
 type ReplaceRules struct {
 	Family  rules.Family
 	Backend Backend
 }
 
 // RemoveRules takes out what is ours in the tables of another backend, once the
-// new rules are in place.
+// new rules are in place. Of NFTables it is the table, and Family is 0.
 type RemoveRules struct {
 	Family  rules.Family
 	Backend Backend
@@ -126,20 +129,32 @@ func (s SplitNames) Undo() string {
 }
 
 func (s ReplaceRules) String() string {
+	if s.Backend == NFTables {
+		return inTable
+	}
 	return fmt.Sprintf("%s rules by %s", s.Family, program(s.Backend, s.Family))
 }
 
 // Undo puts back what was ours before, or nothing.
 func (s ReplaceRules) Undo() string {
+	if s.Backend == NFTables {
+		return "the former " + inTable
+	}
 	return fmt.Sprintf("the former %s rules by %s", s.Family, program(s.Backend, s.Family))
 }
 
 func (s RemoveRules) String() string {
+	if s.Backend == NFTables {
+		return "no table inet " + NFTable
+	}
 	return fmt.Sprintf("no %s rules of ours in %s", s.Family, s.Backend)
 }
 
 // Undo puts back what was ours before.
 func (s RemoveRules) Undo() string {
+	if s.Backend == NFTables {
+		return "the former " + inTable
+	}
 	return fmt.Sprintf("the former %s rules by %s", s.Family, program(s.Backend, s.Family))
 }
 
@@ -150,6 +165,10 @@ func program(b Backend, f rules.Family) string {
 	}
 	return name
 }
+
+// NFTable is the table of nftables, of the family inet, that holds the rules with the
+// backend NFTables. What stands in a table of that name is ours.
+const NFTable = "kuma-tproxy"
 
 // The chains of ours. A chain of one of these names in its table is ours, and
 // nothing else is.

@@ -146,14 +146,16 @@ func sumOf(values [][]byte) string {
 	return fmt.Sprintf("%08x", crc32.ChecksumIEEE(buf))
 }
 
-// ascii writes what is not ASCII as JSON can: a comment holds bytes that print.
+// ascii writes what is not ASCII as JSON can: a comment holds bytes that print. So it
+// does with an apostrophe: in a comment of nftables it stands for a quotation mark
+// (rules.Set.Native).
 func ascii(text []byte) string {
-	if !slices.ContainsFunc(text, func(b byte) bool { return b >= 0x7f }) {
+	if !slices.ContainsFunc(text, func(b byte) bool { return b >= 0x7f || b == '\'' }) {
 		return string(text)
 	}
 	var b strings.Builder
 	for _, r := range string(text) {
-		if r < 0x7f {
+		if r < 0x7f && r != '\'' {
 			b.WriteRune(r)
 			continue
 		}
@@ -189,7 +191,7 @@ func (r Record) text() string {
 // plainWord leaves out of a version what would not stay one word.
 func plainWord(s string) string {
 	return strings.Map(func(r rune) rune {
-		if r <= ' ' || r >= 0x7f || r == '"' || r == '\\' {
+		if r <= ' ' || r >= 0x7f || r == '"' || r == '\'' || r == '\\' {
 			return -1
 		}
 		return r

@@ -200,13 +200,21 @@ func TestHostOrderNeverMatters(t *testing.T) {
 // them.
 func forms(t Fataler, s rules.Set) map[string]map[rules.Family]rules.Set {
 	t.Helper()
-	out := map[string]map[rules.Family]rules.Set{"lowered": {}, "rendered and parsed": {}}
+	out := map[string]map[rules.Family]rules.Set{"lowered": {}, "rendered and parsed": {}, "in nftables": {}}
+	table, err := s.Native(tproxy.NFTable)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	native, err := table.Set()
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
 	for _, f := range rules.Families() {
 		parsed, err := rules.ParseSave(f, saved(s, f))
 		if err != nil {
 			t.Fatalf("%v", err)
 		}
-		out["lowered"][f], out["rendered and parsed"][f] = s.Lower(f), parsed
+		out["lowered"][f], out["rendered and parsed"][f], out["in nftables"][f] = s.Lower(f), parsed, native
 	}
 	return out
 }

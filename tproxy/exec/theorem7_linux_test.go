@@ -42,6 +42,16 @@ func TestKernelListsWhatAConfigRenders(t *testing.T) {
 		t.Fatal(err)
 	}
 	plans = append(plans, p)
+	t.Run("nft", func(t *testing.T) {
+		t.Parallel()
+		w := newWorld(t, tproxy.IPTablesNFT)
+		for i, p := range plans {
+			text := p.Rules.NFTables(tproxy.NFTable)
+			if _, err := w.Lab.Run(w.Context(), w.Host, string(text), "nft", "-c", "-f", "-"); err != nil {
+				t.Errorf("config %d: nft -c: %v\n%#v\n%s", i, err, p.Config, text)
+			}
+		}
+	})
 	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
 		t.Run(b.String(), func(t *testing.T) {
 			t.Parallel() // each in a network namespace of its own

@@ -244,11 +244,36 @@ func nativeFault(r *Rule, commented bool) string {
 	case Reject, Translate:
 		return fmt.Sprintf("%T: no rule of a table of our own does that", r.Action)
 	}
-	if commented && len(r.Why) > MaxNativeComment {
+	for _, m := range r.Matches {
+		switch m := m.(type) {
+		case CTState:
+			if strings.Contains(m.States, "SNAT") || strings.Contains(m.States, "DNAT") {
+				return fmt.Sprintf("connection states %q: nftables knows those that are translated otherwise", m.States)
+			}
+		case OwnerUID:
+			if m.Not {
+				return negatedOwner
+			}
+		case OwnerGID:
+			if m.Not {
+				return negatedOwner
+			}
+		}
+	}
+	switch {
+	case !commented:
+	case len(r.Why) > MaxNativeComment:
 		return fmt.Sprintf("a comment of %d bytes; nftables takes %d", len(r.Why), MaxNativeComment)
+	case strings.Contains(r.Why, `"`) && !r.Record, strings.Contains(r.Why, "'") && r.Record:
+		return fmt.Sprintf("comment %q: nft(8) has no way to write a quotation mark", r.Why)
 	}
 	return ""
 }
+
+// iptables counts a packet without a socket among those of other owners (owner_mt,
+// net/netfilter/xt_owner.c), and meta skuid does not (nft_meta_get_eval_skugid,
+// net/netfilter/nft_meta.c).
+const negatedOwner = "an owner that is excepted: of packets without one nftables says otherwise than iptables"
 
 // rules appends the rules of the kernel that r is: one, or one for each family where it
 // is about addresses.
@@ -271,7 +296,10 @@ func (n *nativeMaker) rules(out []NativeRule, r *Rule) []NativeRule {
 // rule is r in a family, or, with 0, in both.
 func (n *nativeMaker) rule(r *Rule, f Family) NativeRule {
 	out := NativeRule{Counted: !r.Record, Action: r.Action}
-	if !n.set.NoComments || r.Record {
+	switch {
+	case r.Record: // it has JSON in it, and nft(8) cannot write its quotation marks
+		out.Comment = strings.ReplaceAll(r.Why, `"`, "'")
+	case !n.set.NoComments:
 		out.Comment = r.Why
 	}
 	switch a := r.Action.(type) {
