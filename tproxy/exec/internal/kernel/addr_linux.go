@@ -59,7 +59,7 @@ const routeWait = time.Second
 func awaitLocalRoute(addr netip.Addr) {
 	body := make([]byte, syscall.SizeofRtMsg)
 	body[0], body[1] = syscall.AF_INET6, 128
-	body = appendAttr(body, syscall.RTA_DST, addr.AsSlice())
+	body = AppendAttr(body, syscall.RTA_DST, addr.AsSlice())
 	for deadline := time.Now().Add(routeWait); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		if local, err := isLocalRoute(body); local || errors.Is(err, syscall.EPERM) {
 			return
@@ -69,15 +69,15 @@ func awaitLocalRoute(addr netip.Addr) {
 
 // isLocalRoute asks for the one route that a packet would take (rtnetlink(7)).
 func isLocalRoute(body []byte) (local bool, err error) {
-	n, err := openNetlink(syscall.NETLINK_ROUTE)
+	n, err := OpenNetlink(syscall.NETLINK_ROUTE)
 	if err != nil {
 		return false, err
 	}
-	defer n.close()
-	if err := n.send(syscall.RTM_GETROUTE, 0, body); err != nil {
+	defer n.Close()
+	if err := n.Send(syscall.RTM_GETROUTE, 0, body); err != nil {
 		return false, err
 	}
-	_, err = n.receive(func(body []byte) bool {
+	_, err = n.Receive(func(body []byte) bool {
 		local = len(body) >= syscall.SizeofRtMsg && body[7] == syscall.RTN_LOCAL // rtm_type
 		return false
 	})
@@ -119,8 +119,8 @@ func interfaceAddress(p netip.Prefix, index uint32) ([]byte, error) {
 	}
 	body := []byte{family, byte(p.Bits()), flags, scope}
 	body = binary.NativeEndian.AppendUint32(body, index)
-	body = appendAttr(body, syscall.IFA_LOCAL, addr.AsSlice())
-	return appendAttr(body, syscall.IFA_ADDRESS, addr.AsSlice()), nil
+	body = AppendAttr(body, syscall.IFA_LOCAL, addr.AsSlice())
+	return AppendAttr(body, syscall.IFA_ADDRESS, addr.AsSlice()), nil
 }
 
 // HasLoopbackAddress says whether lo of the calling thread's network namespace

@@ -296,7 +296,7 @@ func TestNFTErrors(t *testing.T) {
 		{syscall.EPERM, fs.ErrPermission},
 		{syscall.ENOBUFS, syscall.ENOBUFS},
 	} {
-		got := nftError("tables", c.in)
+		got := NFTError("tables", c.in)
 		if !errors.Is(got, c.is) || !errors.Is(got, c.in) {
 			t.Errorf("%v: got %v, which is not %v", c.in, got, c.is)
 		}
@@ -304,7 +304,7 @@ func TestNFTErrors(t *testing.T) {
 			t.Errorf("%v: got %v", c.in, got)
 		}
 	}
-	if err := nftError("tables", nil); err != nil {
+	if err := NFTError("tables", nil); err != nil {
 		t.Errorf("got %v", err)
 	}
 }
@@ -730,11 +730,11 @@ func TestDeviceNumbers(t *testing.T) {
 
 // Messages are walked without ever leaving them, whatever their lengths say.
 func TestAttributesOfBrokenMessages(t *testing.T) {
-	good := appendAttr([]byte{1, 2, 3, 4}, 3, []byte("abcde\x00"))
-	good = appendAttr(good, 5, []byte("z"))
+	good := AppendAttr([]byte{1, 2, 3, 4}, 3, []byte("abcde\x00"))
+	good = AppendAttr(good, 5, []byte("z"))
 	for size := range len(good) + 1 {
 		for typ, value := range attrs(good[:size], 4) {
-			if typ == 3 && cString(value) != "abcde" || typ == 5 && cString(value) != "z" {
+			if typ == 3 && CString(value) != "abcde" || typ == 5 && CString(value) != "z" {
 				t.Errorf("of %d bytes: %d=%q", size, typ, value)
 			}
 		}
@@ -764,7 +764,7 @@ func TestAddressHasItsRouteAtOnce(t *testing.T) {
 			}
 			body := make([]byte, syscall.SizeofRtMsg)
 			body[0], body[1] = syscall.AF_INET6, 128
-			if local, err := isLocalRoute(appendAttr(body, syscall.RTA_DST, p.Addr().AsSlice())); err != nil || !local {
+			if local, err := isLocalRoute(AppendAttr(body, syscall.RTA_DST, p.Addr().AsSlice())); err != nil || !local {
 				t.Errorf("local route %v, %v", local, err)
 				return
 			}

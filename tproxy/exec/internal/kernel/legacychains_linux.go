@@ -81,9 +81,9 @@ func legacyChainNames(f Family, entries []byte) (names []string) {
 			break // not as ip_tables.h says: nothing more can be told
 		}
 		t := entries[target:next]
-		if cString(t[xtTargetNameOff:xtTargetLen-1]) == "ERROR" && len(t) >= xtTargetLen+xtErrorNameLen {
+		if CString(t[xtTargetNameOff:xtTargetLen-1]) == "ERROR" && len(t) >= xtTargetLen+xtErrorNameLen {
 			// The table ends with an ERROR entry of that name.
-			if name := cString(t[xtTargetLen : xtTargetLen+xtErrorNameLen]); name != "ERROR" {
+			if name := CString(t[xtTargetLen : xtTargetLen+xtErrorNameLen]); name != "ERROR" {
 				names = append(names, name)
 			}
 		}

@@ -42,7 +42,7 @@ func AddLink(name, alias string, address netip.Prefix) (Link, error) {
 	err := newLink(name, "dummy", nil)
 	if errors.Is(err, syscall.EOPNOTSUPP) { // no such kind (rtnl_newlink)
 		peer := name + peerSuffix
-		err = newLink(name, "veth", appendAttr(nil, vethInfoPeer, linkHeader(0, peer)))
+		err = newLink(name, "veth", AppendAttr(nil, vethInfoPeer, linkHeader(0, peer)))
 		if errors.Is(err, syscall.EEXIST) {
 			err = fmt.Errorf("it takes %s as well, and one of the two is there already: %w", peer, err)
 		}
@@ -82,26 +82,26 @@ func linkHeader(flags uint32, name string) []byte {
 	body := make([]byte, ifinfoHeader)
 	binary.NativeEndian.PutUint32(body[ifinfoFlags:], flags)
 	binary.NativeEndian.PutUint32(body[ifinfoFlags+4:], flags) // those that change
-	body = appendAttr(body, syscall.IFLA_IFNAME, append([]byte(name), 0))
-	return appendAttr(body, iflaGroup, binary.NativeEndian.AppendUint32(nil, LinkGroup))
+	body = AppendAttr(body, syscall.IFLA_IFNAME, append([]byte(name), 0))
+	return AppendAttr(body, iflaGroup, binary.NativeEndian.AppendUint32(nil, LinkGroup))
 }
 
 func newLink(name, kind string, data []byte) error {
-	info := appendAttr(nil, iflaInfoKind, []byte(kind))
+	info := AppendAttr(nil, iflaInfoKind, []byte(kind))
 	if data != nil {
-		info = appendAttr(info, iflaInfoData, data)
+		info = AppendAttr(info, iflaInfoData, data)
 	}
 	return change(syscall.NETLINK_ROUTE, syscall.RTM_NEWLINK, syscall.NLM_F_CREATE|syscall.NLM_F_EXCL,
-		appendAttr(linkHeader(0, name), iflaLinkInfo, info))
+		AppendAttr(linkHeader(0, name), iflaLinkInfo, info))
 }
 
 // setLink brings an interface up. A link-local address would have services speak
 // there that speak on every link.
 func setLink(name, alias string) error {
 	// As RTM_NEWLINK without NLM_F_CREATE, which finds the interface by its name.
-	body := appendAttr(linkHeader(syscall.IFF_UP, name), iflaIfAlias, append([]byte(alias), 0))
-	spec := appendAttr(nil, syscall.AF_INET6, appendAttr(nil, inet6AddrGenMode, []byte{addrGenModeNone}))
-	err := change(syscall.NETLINK_ROUTE, syscall.RTM_NEWLINK, 0, appendAttr(body, iflaAFSpec, spec))
+	body := AppendAttr(linkHeader(syscall.IFF_UP, name), iflaIfAlias, append([]byte(alias), 0))
+	spec := AppendAttr(nil, syscall.AF_INET6, AppendAttr(nil, inet6AddrGenMode, []byte{addrGenModeNone}))
+	err := change(syscall.NETLINK_ROUTE, syscall.RTM_NEWLINK, 0, AppendAttr(body, iflaAFSpec, spec))
 	if errors.Is(err, syscall.EAFNOSUPPORT) || errors.Is(err, syscall.EOPNOTSUPP) {
 		err = change(syscall.NETLINK_ROUTE, syscall.RTM_NEWLINK, 0, body) // without IPv6
 	}
@@ -111,17 +111,17 @@ func setLink(name, alias string) error {
 // FindLink looks for an interface by its name in the calling thread's network
 // namespace.
 func FindLink(name string) (Link, bool, error) {
-	n, err := openNetlink(syscall.NETLINK_ROUTE)
+	n, err := OpenNetlink(syscall.NETLINK_ROUTE)
 	if err != nil {
 		return Link{}, false, fmt.Errorf("interface %s: %w", name, err)
 	}
-	defer n.close()
-	request := appendAttr(make([]byte, ifinfoHeader), syscall.IFLA_IFNAME, append([]byte(name), 0))
-	if err := n.send(syscall.RTM_GETLINK, 0, request); err != nil {
+	defer n.Close()
+	request := AppendAttr(make([]byte, ifinfoHeader), syscall.IFLA_IFNAME, append([]byte(name), 0))
+	if err := n.Send(syscall.RTM_GETLINK, 0, request); err != nil {
 		return Link{}, false, fmt.Errorf("interface %s: %w", name, err)
 	}
 	var l Link
-	_, err = n.receive(func(body []byte) bool {
+	_, err = n.Receive(func(body []byte) bool {
 		if len(body) < ifinfoHeader {
 			return false
 		}

@@ -9,10 +9,8 @@ import (
 
 // Of include/uapi/linux/netlink.h, missing in package syscall.
 const (
-	nlmFDumpIntr   = 0x10   // NLM_F_DUMP_INTR: something changed during the dump
-	nlaTypeMask    = 0x3fff // without NLA_F_NESTED and NLA_F_NET_BYTEORDER
+	nlmFDumpIntr   = 0x10 // NLM_F_DUMP_INTR: something changed during the dump
 	netlinkHeader  = syscall.NLMSG_HDRLEN
-	attrHeader     = 4
 	dumpTries      = 10
 	receiveSeconds = 10
 	// The kernel sends at most 32 KiB at once (netlink_dump,
@@ -20,16 +18,18 @@ const (
 	receiveBuffer = 64 << 10
 )
 
-var errChanging = errors.New("changed while it was read, every time")
+// ErrChanging is for what could not be read in one piece.
+var ErrChanging = errors.New("changed while it was read, every time")
 
-// netlink is an open socket, of the network namespace of the thread that
+// Netlink is an open socket, of the network namespace of the thread that
 // opened it.
-type netlink struct {
+type Netlink struct {
 	fd  int
 	buf []byte
 }
 
-func openNetlink(proto int) (*netlink, error) {
+// OpenNetlink opens a socket of that protocol, NETLINK_ROUTE for one.
+func OpenNetlink(proto int) (*Netlink, error) {
 	fd, err := syscall.Socket(syscall.AF_NETLINK, syscall.SOCK_RAW|syscall.SOCK_CLOEXEC, proto)
 	if err != nil {
 		return nil, err
@@ -41,12 +41,17 @@ func openNetlink(proto int) (*netlink, error) {
 		syscall.Close(fd)
 		return nil, err
 	}
-	return &netlink{fd: fd, buf: make([]byte, receiveBuffer)}, nil
+	return &Netlink{fd: fd, buf: make([]byte, receiveBuffer)}, nil
 }
 
-func (n *netlink) close() { syscall.Close(n.fd) }
+// Close ends it.
+func (n *Netlink) Close() { syscall.Close(n.fd) }
 
-func (n *netlink) send(typ, flags uint16, body []byte) error {
+// FD is its file descriptor.
+func (n *Netlink) FD() int { return n.fd }
+
+// Send sends one request.
+func (n *Netlink) Send(typ, flags uint16, body []byte) error {
 	b := make([]byte, netlinkHeader, netlinkHeader+len(body))
 	binary.NativeEndian.PutUint32(b[0:], uint32(netlinkHeader+len(body)))
 	binary.NativeEndian.PutUint16(b[4:], typ)
@@ -54,9 +59,9 @@ func (n *netlink) send(typ, flags uint16, body []byte) error {
 	return syscall.Sendto(n.fd, append(b, body...), 0, &syscall.SockaddrNetlink{Family: syscall.AF_NETLINK})
 }
 
-// receive hands over the body of each message until the end of the answer, its
+// Receive hands over the body of each message until the end of the answer, its
 // error, or until each returns false.
-func (n *netlink) receive(each func(body []byte) bool) (interrupted bool, err error) {
+func (n *Netlink) Receive(each func(body []byte) bool) (interrupted bool, err error) {
 	for {
 		size, from, err := syscall.Recvfrom(n.fd, n.buf, syscall.MSG_TRUNC)
 		if errors.Is(err, syscall.EINTR) {
@@ -110,19 +115,19 @@ func dump[T any](proto int, typ uint16, body []byte, limit int, item func(body [
 			return all, err
 		}
 	}
-	return nil, errChanging
+	return nil, ErrChanging
 }
 
 func dumpOnce[T any](proto int, typ uint16, body []byte, limit int, item func(body []byte) (T, bool)) (all []T, interrupted bool, err error) {
-	n, err := openNetlink(proto)
+	n, err := OpenNetlink(proto)
 	if err != nil {
 		return nil, false, err
 	}
-	defer n.close()
-	if err := n.send(typ, syscall.NLM_F_DUMP, body); err != nil {
+	defer n.Close()
+	if err := n.Send(typ, syscall.NLM_F_DUMP, body); err != nil {
 		return nil, false, err
 	}
-	interrupted, err = n.receive(func(body []byte) bool {
+	interrupted, err = n.Receive(func(body []byte) bool {
 		if v, ok := item(body); ok {
 			all = append(all, v)
 		}
@@ -136,21 +141,20 @@ func dumpOnce[T any](proto int, typ uint16, body []byte, limit int, item func(bo
 
 // change sends one request and returns the kernel's verdict.
 func change(proto int, typ, flags uint16, body []byte) error {
-	n, err := openNetlink(proto)
+	n, err := OpenNetlink(proto)
 	if err != nil {
 		return err
 	}
-	defer n.close()
-	if err := n.send(typ, flags|syscall.NLM_F_ACK, body); err != nil {
+	defer n.Close()
+	if err := n.Send(typ, flags|syscall.NLM_F_ACK, body); err != nil {
 		return err
 	}
-	_, err = n.receive(func([]byte) bool { return true })
+	_, err = n.Receive(func([]byte) bool { return true })
 	return err
 }
 
-func align(n int) int { return (n + 3) &^ 3 }
-
-func appendAttr(b []byte, typ uint16, value []byte) []byte {
+// AppendAttr appends an attribute in the byte order of the machine.
+func AppendAttr(b []byte, typ uint16, value []byte) []byte {
 	b = binary.NativeEndian.AppendUint16(b, uint16(attrHeader+len(value)))
 	b = binary.NativeEndian.AppendUint16(b, typ)
 	b = append(b, value...)
@@ -159,26 +163,5 @@ func appendAttr(b []byte, typ uint16, value []byte) []byte {
 
 // attrs walks the attributes behind a message's fixed header of that size.
 func attrs(body []byte, header int) iter.Seq2[uint16, []byte] {
-	return func(yield func(uint16, []byte) bool) {
-		for b := body[min(header, len(body)):]; len(b) >= attrHeader; {
-			length := int(binary.NativeEndian.Uint16(b))
-			if length < attrHeader || length > len(b) {
-				return
-			}
-			if !yield(binary.NativeEndian.Uint16(b[2:])&nlaTypeMask, b[attrHeader:length]) {
-				return
-			}
-			b = b[min(align(length), len(b)):]
-		}
-	}
-}
-
-// cString is a netlink string, which ends in a NUL.
-func cString(b []byte) string {
-	for i, c := range b {
-		if c == 0 {
-			return string(b[:i])
-		}
-	}
-	return string(b)
+	return Attrs(binary.NativeEndian, body[min(header, len(body)):])
 }

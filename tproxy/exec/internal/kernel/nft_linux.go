@@ -39,7 +39,7 @@ func NFTTables() ([]NFTTable, error) {
 		}
 		return NFTTable{Family: names[body[0]], Name: name}, true
 	})
-	return tables, nftError("tables", err)
+	return tables, NFTError("tables", err)
 }
 
 // NFTChains returns the names of the chains of a table of nf_tables, none if
@@ -57,7 +57,7 @@ func NFTChains(family, table string) ([]string, error) {
 		}
 		return nftString(body, nftaChainName)
 	})
-	return chains, nftError(fmt.Sprintf("chains of table %s %q", family, table), err)
+	return chains, NFTError(fmt.Sprintf("chains of table %s %q", family, table), err)
 }
 
 // NFTRules says whether a table of nf_tables holds a rule; it does not if there
@@ -67,12 +67,12 @@ func NFTRules(family, table string) (bool, error) {
 	if !ok {
 		return false, fmt.Errorf("nf_tables family %q: want ip, ip6, inet, arp, bridge or netdev", family)
 	}
-	request := appendAttr(nfgen(number), nftaTable, append([]byte(table), 0))
+	request := AppendAttr(nfgen(number), nftaTable, append([]byte(table), 0))
 	rules, err := dump(syscall.NETLINK_NETFILTER, nftGetRule, request, 1, func(body []byte) (struct{}, bool) {
 		in, ok := nftString(body, nftaTable)
 		return struct{}{}, ok && in == table && body[0] == number
 	})
-	return len(rules) > 0, nftError(fmt.Sprintf("rules of table %s %q", family, table), err)
+	return len(rules) > 0, NFTError(fmt.Sprintf("rules of table %s %q", family, table), err)
 }
 
 func nfgen(family uint8) []byte {
@@ -82,16 +82,16 @@ func nfgen(family uint8) []byte {
 func nftString(body []byte, attr uint16) (string, bool) {
 	for typ, value := range attrs(body, nfgenHeader) {
 		if typ == attr {
-			return cString(value), true
+			return CString(value), true
 		}
 	}
 	return "", false
 }
 
-// nftError knows the ways in which a kernel without nf_tables says so: no
+// NFTError knows the ways in which a kernel without nf_tables says so: no
 // nfnetlink at all, or nobody for the subsystem (EINVAL: nfnetlink_rcv_msg,
 // net/netfilter/nfnetlink.c).
-func nftError(what string, err error) error {
+func NFTError(what string, err error) error {
 	switch {
 	case err == nil:
 		return nil

@@ -54,11 +54,11 @@ func NFTBases() ([]NFTBase, error) {
 		for typ, value := range attrs(body, nfgenHeader) {
 			switch typ {
 			case nftaTable:
-				b.Table.Name = cString(value)
+				b.Table.Name = CString(value)
 			case nftaChainName:
-				b.Chain = cString(value)
+				b.Chain = CString(value)
 			case nftaChainType:
-				b.Type = cString(value)
+				b.Type = CString(value)
 			case nftaChainPolicy:
 				n, ok := number(value)
 				b.Drops = ok && n == 0 // NF_DROP
@@ -76,7 +76,7 @@ func NFTBases() ([]NFTBase, error) {
 		}
 		return b, b.Hook != ""
 	})
-	return bases, nftError("chains", err)
+	return bases, NFTError("chains", err)
 }
 
 func number(value []byte) (uint32, bool) {
@@ -95,7 +95,7 @@ func NFTNative(family, table string) ([]string, error) {
 	if !ok {
 		return nil, fmt.Errorf("nf_tables family %q: want ip, ip6, inet, arp, bridge or netdev", family)
 	}
-	request := appendAttr(nfgen(family8), nftaTable, append([]byte(table), 0))
+	request := AppendAttr(nfgen(family8), nftaTable, append([]byte(table), 0))
 	found, err := dump(syscall.NETLINK_NETFILTER, nftGetRule, request, 0, func(body []byte) (string, bool) {
 		var chain, native string
 		if in, ok := nftString(body, nftaTable); !ok || in != table || body[0] != family8 {
@@ -104,7 +104,7 @@ func NFTNative(family, table string) ([]string, error) {
 		for typ, value := range attrs(body, nfgenHeader) {
 			switch typ {
 			case nftaRuleChain:
-				chain = cString(value)
+				chain = CString(value)
 			case nftaRuleExpressions:
 				native = nativeExpression(family, value)
 			}
@@ -112,7 +112,7 @@ func NFTNative(family, table string) ([]string, error) {
 		return "chain " + chain + ": " + native, native != ""
 	})
 	slices.Sort(found)
-	return slices.Compact(found), nftError(fmt.Sprintf("rules of table %s %q", family, table), err)
+	return slices.Compact(found), NFTError(fmt.Sprintf("rules of table %s %q", family, table), err)
 }
 
 // nativeExpression returns the first expression of a rule that is none of those
@@ -125,7 +125,7 @@ func nativeExpression(family string, list []byte) string {
 		for typ, value := range attrs(element, 0) {
 			switch typ {
 			case nftaExprName:
-				name = cString(value)
+				name = CString(value)
 			case nftaExprData:
 				data = value
 			}

@@ -18,18 +18,18 @@ func RouteTo(addr netip.Addr) (Route, error) {
 	if addr.Is6() {
 		body[0] = syscall.AF_INET6
 	}
-	body = appendAttr(body, syscall.RTA_DST, addr.AsSlice())
-	n, err := openNetlink(syscall.NETLINK_ROUTE)
+	body = AppendAttr(body, syscall.RTA_DST, addr.AsSlice())
+	n, err := OpenNetlink(syscall.NETLINK_ROUTE)
 	if err != nil {
 		return Route{}, fmt.Errorf("route to %s: %w", addr, err)
 	}
-	defer n.close()
-	if err := n.send(syscall.RTM_GETROUTE, 0, body); err != nil {
+	defer n.Close()
+	if err := n.Send(syscall.RTM_GETROUTE, 0, body); err != nil {
 		return Route{}, fmt.Errorf("route to %s: %w", addr, err)
 	}
 	var r Route
 	var index uint32
-	_, err = n.receive(func(body []byte) bool {
+	_, err = n.Receive(func(body []byte) bool {
 		const rtmType = 7 // of struct rtmsg, linux/rtnetlink.h
 		r.Local = len(body) > rtmType && body[rtmType] == syscall.RTN_LOCAL
 		for typ, value := range attrs(body, syscall.SizeofRtMsg) {
