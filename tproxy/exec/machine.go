@@ -14,6 +14,7 @@ import (
 	osexec "os/exec"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -64,10 +65,11 @@ type machine interface {
 	tables(nft bool, f rules.Family) ([]rules.Table, error)
 	chains(nft bool, f rules.Family, t rules.Table) ([]string, error)
 	hasRules(nft bool, f rules.Family, t rules.Table) (bool, error)
-	// ownTable reads the table of ours in nftables; nil where there is none. commitTable
-	// carries out commands on it in one transaction; of a failure it tells which of them
+	// ownTable reads the table of ours in nftables; nil where there is none, which
+	// hasOwnTable tells without reading it. commitTable carries out commands on it in one transaction; of a failure it tells which of them
 	// the kernel refused, from 0, or -1 where that is none. noNFTables is the reason for
 	// which this kernel cannot hold such a table, or "".
+	hasOwnTable() (bool, error)
 	ownTable() (*rules.Native, error)
 	commitTable(commands []rules.NativeCommand) (failed int, err error)
 	noNFTables() string
@@ -315,6 +317,11 @@ func withTable(do func(*nft.Conn) error) error {
 	}
 	defer func() { go c.Close() }()
 	return do(c)
+}
+
+func (system) hasOwnTable() (bool, error) {
+	all, err := nftTables()
+	return slices.Contains(all, kernel.NFTTable{Family: "inet", Name: tproxy.NFTable}), err
 }
 
 func (system) ownTable() (n *rules.Native, err error) {
