@@ -66,9 +66,10 @@ type machine interface {
 	chains(nft bool, f rules.Family, t rules.Table) ([]string, error)
 	hasRules(nft bool, f rules.Family, t rules.Table) (bool, error)
 	// ownTable reads the table of ours in nftables; nil where there is none, which
-	// hasOwnTable tells without reading it. commitTable carries out commands on it in one transaction; of a failure it tells which of them
-	// the kernel refused, from 0, or -1 where that is none. noNFTables is the reason for
-	// which this kernel cannot hold such a table, or "".
+	// hasOwnTable tells without reading it. commitTable carries out commands on it in one
+	// transaction; of a failure it tells which of them the kernel refused, from 0, or -1
+	// where that is none. noNFTables is the reason for which this kernel cannot hold such
+	// a table, or "".
 	hasOwnTable() (bool, error)
 	ownTable() (*rules.Native, error)
 	commitTable(commands []rules.NativeCommand) (failed int, err error)
