@@ -558,12 +558,8 @@ func (e *encoder) action(a rules.Action) {
 
 func (e *encoder) setMark(a rules.SetMark) {
 	value := binary.BigEndian.AppendUint32(nil, a.Value)
-	if a.Mask == 1<<32-1 {
-		e.immediate(e.host, value)
-	} else {
-		e.load(loads[rules.KeyMark])
-		e.bitwise(e.host, binary.BigEndian.AppendUint32(nil, ^a.Mask), value)
-	}
+	e.load(loads[rules.KeyMark])
+	e.bitwise(e.host, binary.BigEndian.AppendUint32(nil, ^a.Mask), value)
 	element, data := e.expression("meta")
 	e.u32(metaKey, markKey)
 	e.u32(metaSReg, reg1)
