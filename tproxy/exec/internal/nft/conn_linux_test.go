@@ -259,6 +259,53 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
+// More refusals than the socket has room for are a refusal too, and the next batch is not
+// answered with what is left of them.
+func TestManyRefusals(t *testing.T) {
+	fresh(t, func(c *Conn) {
+		if err := syscall.SetsockoptInt(c.n.FD(), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 1); err != nil {
+			t.Error(err)
+		}
+		commands := []rules.NativeCommand{{Verb: rules.AddTable, Table: "mine"}}
+		for range 3000 {
+			commands = append(commands, rules.NativeCommand{Verb: rules.AddRule, Table: "mine", Chain: rules.NativeChain{Name: "none"}, Rule: rules.NativeRule{Action: rules.Return{}}})
+		}
+		for range 2 {
+			var refusal *Error
+			if err := c.Send(Encode(commands, binary.NativeEndian), 0); !errors.As(err, &refusal) || refusal.Command != 1 || refusal.Errno != syscall.ENOENT {
+				t.Errorf("%v", err)
+			}
+			send(t, c, 0, commands[0], rules.NativeCommand{Verb: rules.DeleteTable, Table: "mine"})
+			if n, _ := list(t, c, "mine"); n != nil {
+				t.Errorf("%v", n)
+			}
+		}
+	})
+}
+
+// Where the answers are lost, that is said: what was done has to be read.
+func TestLostAnswer(t *testing.T) {
+	fresh(t, func(c *Conn) {
+		// A socket that is full already: answers to requests that nobody reads.
+		if err := syscall.SetsockoptInt(c.n.FD(), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 1); err != nil {
+			t.Error(err)
+		}
+		for range 50 {
+			_ = c.n.Send(getGen, 0, []byte{0, 0, 0, 0})
+		}
+		add := Encode([]rules.NativeCommand{{Verb: rules.AddTable, Table: "mine"}}, binary.NativeEndian)
+		if err := c.Send(add, 0); !errors.Is(err, ErrUnknown) {
+			t.Errorf("%v", err)
+		}
+		if n, _ := list(t, c, "mine"); n == nil {
+			t.Error("it was done, in truth")
+		}
+		if err := c.Send(add, 0); !errors.Is(err, syscall.EEXIST) {
+			t.Errorf("%v", err)
+		}
+	})
+}
+
 func TestRefusedWithoutCapability(t *testing.T) {
 	fresh(t, func(c *Conn) {
 		// The system calls themselves: package syscall's change every thread.
