@@ -2,7 +2,9 @@
 
 // Command install measures what an install, the same again, another config and
 // an uninstall cost, against the bare iptables-restore --noflush and
-// ip6tables-restore --noflush of the same scripts, one after the other.
+// ip6tables-restore --noflush of the same scripts, one after the other; with the
+// backend nftables, against those of iptables-nft of the same config, and against nft -f
+// of the same text.
 //
 // Everything is interleaved in one run: in each round, each of the measured
 // programs does its sequence in a fresh network namespace, in an order that
@@ -54,6 +56,7 @@ func run(args []string) error {
 	flags := flag.NewFlagSet("install", flag.ContinueOnError)
 	rounds := flags.Int("rounds", 15, "rounds; the medians are over them")
 	sizes := flags.String("n", "0,20,1000", "excluded `ports` in each direction, a comma list")
+	more := flags.String("more", "10000", "the same, for the backend nftables alone")
 	kumactl := flags.String("kumactl", "", "also measure the process of this kumactl (`path`)")
 	out := flags.String("out", "", "write the results to this `file` too")
 	date := flags.String("date", time.Now().Format(time.DateOnly), "the `date` in the results")
@@ -65,8 +68,12 @@ func run(args []string) error {
 		return errors.New("root is needed: network namespaces are made")
 	}
 	var cells []cell
-	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
-		for s := range strings.SplitSeq(*sizes, ",") {
+	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy, tproxy.NFTables} {
+		list := *sizes
+		if b == tproxy.NFTables && *more != "" {
+			list += "," + *more
+		}
+		for s := range strings.SplitSeq(list, ",") {
 			n, err := strconv.Atoi(s)
 			if err != nil || n < 0 || n > maxPorts {
 				return fmt.Errorf("-n %q: accepted is a list of numbers from 0 to %d", s, maxPorts)
@@ -74,7 +81,7 @@ func run(args []string) error {
 			cells = append(cells, cell{Backend: b, N: n, Listen: *listen})
 		}
 	}
-	roles := []string{roleOurs, roleBare, roleBareAgain}
+	roles := []string{roleOurs, roleBare, roleBareAgain, roleNFT}
 	if *kumactl != "" {
 		path, err := filepath.Abs(*kumactl)
 		if err != nil {
@@ -93,7 +100,15 @@ func run(args []string) error {
 		if err != nil {
 			return err
 		}
-		cells[i].Scripts = first.Scripts
+		cells[i].Scripts, cells[i].Bare = first.Scripts, first.Scripts
+		if c.Backend == tproxy.NFTables { // bare are the restores of the same config
+			c.Backend = tproxy.IPTablesNFT
+			other, err := child(roleOurs, c)
+			if err != nil {
+				return err
+			}
+			cells[i].Bare = other.Scripts
+		}
 		results[i] = result{cell: cells[i], times: map[string][ops][]time.Duration{}, processes: first.Processes}
 	}
 	start := time.Now()
@@ -101,6 +116,9 @@ func run(args []string) error {
 		for i, c := range cells {
 			for k := range roles {
 				role := roles[(k+round)%len(roles)]
+				if role == roleNFT && c.Backend != tproxy.NFTables {
+					continue
+				}
 				s, err := child(role, c)
 				if err != nil {
 					return err
@@ -191,6 +209,9 @@ func report(w io.Writer, results []result, roles []string) {
 		fmt.Fprintf(w, "%s\n", title)
 		row("", "N", opNames)
 		for _, r := range results {
+			if r.times[role][opInstall] == nil || r.times[to][opInstall] == nil {
+				continue // not measured of this backend
+			}
 			var c [ops]string
 			for op := range c {
 				c[op] = fmt.Sprintf("%.2f", crowd.Median(crowd.Ratios(r.times[role][op], r.times[to][op])))
@@ -200,13 +221,15 @@ func report(w io.Writer, results []result, roles []string) {
 		fmt.Fprintln(w)
 	}
 	fmt.Fprint(w, `N is the number of excluded ports in each direction. Bare is, for install, another config and uninstall,
-the restores of both families of the same scripts, and for the same again the saves of both.
+the restores of both families of the same scripts, and for the same again the saves of both; for nftables they
+are those of iptables-nft with the same config.
 
 `)
 	ratio("Ratio to bare, median of the rounds: the library (Probe, Build and Apply, or Remove, in a process that runs)", roleOurs, roleBare)
 	if slices.Contains(roles, roleKumactl) {
 		ratio("Ratio to bare, median of the rounds: the process kumactl", roleKumactl, roleBare)
 	}
+	ratio("Ratio to nft -f of the same text, and to nft list table: the library", roleOurs, roleNFT)
 	ratio("Noise: the same of bare to bare", roleBareAgain, roleBare)
 	fmt.Fprintln(w, "Processes that the library starts")
 	row("", "N", opNames)
@@ -221,6 +244,9 @@ the restores of both families of the same scripts, and for the same again the sa
 	row("", "N", opNames)
 	for _, r := range results {
 		for _, role := range roles {
+			if r.times[role][opInstall] == nil {
+				continue
+			}
 			var c [ops]string
 			for op := range c {
 				c[op] = fmt.Sprintf("%.1f", float64(crowd.Median(r.times[role][op]))/float64(time.Millisecond))

@@ -27,6 +27,7 @@ const (
 	roleBare      = "bare"
 	roleBareAgain = "bare again"
 	roleKumactl   = "kumactl"
+	roleNFT       = "nft -f"
 )
 
 // The sequence of each child.
@@ -46,7 +47,8 @@ type cell struct {
 	N       int
 	Listen  bool
 	Kumactl string
-	Scripts [ops][2][]byte // of the two families
+	Scripts [ops][2][]byte // of the two families; of nftables the first is of both
+	Bare    [ops][2][]byte // what bare is given
 }
 
 // sample is what one child measured.
@@ -117,6 +119,8 @@ func measure(role string) error {
 		step = func(op int) error { return c.library(ctx, op, &s) }
 	case roleKumactl:
 		step = c.process
+	case roleNFT:
+		step = c.nft
 	default:
 		step = c.bare
 	}
@@ -167,18 +171,31 @@ func (c cell) library(ctx context.Context, op int, s *sample) error {
 func (c cell) bare(op int) error {
 	for i, prefix := range []string{"iptables", "ip6tables"} {
 		name := prefix + strings.TrimPrefix(c.Backend.String(), "iptables")
+		if c.Backend == tproxy.NFTables {
+			name = prefix + "-nft"
+		}
 		var cmd *osexec.Cmd
 		if op == opAgain {
 			cmd = osexec.Command(name + "-save")
 		} else {
 			cmd = osexec.Command(name+"-restore", "--noflush")
-			cmd.Stdin = bytes.NewReader(c.Scripts[op][i])
+			cmd.Stdin = bytes.NewReader(c.Bare[op][i])
 		}
 		if err := start(cmd); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// nft does the same as the library, by nft(8).
+func (c cell) nft(op int) error {
+	if op == opAgain {
+		return start(osexec.Command("nft", "list", "table", "inet", tproxy.NFTable))
+	}
+	cmd := osexec.Command("nft", "-f", "-")
+	cmd.Stdin = bytes.NewReader(c.Scripts[op][0])
+	return start(cmd)
 }
 
 // process runs kumactl.

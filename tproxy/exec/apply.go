@@ -395,9 +395,7 @@ func (t *transaction) write(ctx context.Context, jobs []job, rec tproxy.Record, 
 		// Before anything is written: to take the last NAT rule out and put it
 		// back would cost the redirected connections.
 		j := &jobs[i]
-		if c, err := j.change(j.before, j.want(rec)); err != nil {
-			return err
-		} else if c.nothing() {
+		if len(j.before.References) == 0 || len(j.compare(j.before.Ours, j.want(rec))) == 0 {
 			continue
 		}
 		if err := blocked(j, j.before); err != nil {
@@ -487,7 +485,7 @@ func (t *transaction) did(step, what string, back func(context.Context) (bool, e
 // replace turns what is ours in one family of one backend into want.
 func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error {
 	now := j.before
-	fr := FamilyReport{Family: j.family, Backend: j.variant.Backend, Changes: j.compare(now.Ours, want)}
+	fr := FamilyReport{Family: j.family, Backend: j.variant.Backend}
 	done := func() error {
 		t.report.Changed = true
 		t.report.Steps = append(t.report.Steps, j.step)
@@ -506,6 +504,9 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 			}
 			t.report.Families = append(t.report.Families, fr)
 			return nil
+		}
+		if try == 1 {
+			fr.Changes = j.compare(now.Ours, want)
 		}
 		if err := blocked(j, now); err != nil {
 			return err

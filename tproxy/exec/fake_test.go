@@ -187,6 +187,7 @@ func (m *fakeMachine) run(_ context.Context, c command) (result, error) {
 }
 
 func (m *fakeMachine) noNFTables() string               { return m.noTable }
+func (m *fakeMachine) hasOwnTable() (bool, error)       { return m.table != nil, nil }
 func (m *fakeMachine) ownTable() (*rules.Native, error) { return m.table, nil }
 
 func (m *fakeMachine) commitTable(commands []rules.NativeCommand) (int, error) {

@@ -3,6 +3,7 @@ package exec
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,6 +14,7 @@ import (
 	osexec "os/exec"
 	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -22,6 +24,7 @@ import (
 	"github.com/kumahq/kuma-tproxy/tproxy/dns"
 	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/files"
 	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/nft"
 	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/procfs"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
@@ -62,10 +65,12 @@ type machine interface {
 	tables(nft bool, f rules.Family) ([]rules.Table, error)
 	chains(nft bool, f rules.Family, t rules.Table) ([]string, error)
 	hasRules(nft bool, f rules.Family, t rules.Table) (bool, error)
-	// ownTable reads the table of ours in nftables; nil where there is none. commitTable
-	// carries out commands on it in one transaction; of a failure it tells which of them
-	// the kernel refused, from 0, or -1 where that is none. noNFTables is the reason for
-	// which this kernel cannot hold such a table, or "".
+	// ownTable reads the table of ours in nftables; nil where there is none, which
+	// hasOwnTable tells without reading it. commitTable carries out commands on it in one
+	// transaction; of a failure it tells which of them the kernel refused, from 0, or -1
+	// where that is none. noNFTables is the reason for which this kernel cannot hold such
+	// a table, or "".
+	hasOwnTable() (bool, error)
 	ownTable() (*rules.Native, error)
 	commitTable(commands []rules.NativeCommand) (failed int, err error)
 	noNFTables() string
@@ -302,6 +307,50 @@ func (system) bases() ([]kernel.NFTBase, error) {
 
 func (system) native(f rules.Family, t rules.Table) ([]string, error) {
 	return kernel.NFTNative(nftFamily(f), string(t))
+}
+
+// withTable opens a connection to nf_tables and closes it behind our back: after a
+// commit that deletes, close(2) waits for milliseconds, and nobody needs to wait for it.
+func withTable(do func(*nft.Conn) error) error {
+	c, err := nft.Open()
+	if err != nil {
+		return err
+	}
+	defer func() { go c.Close() }()
+	return do(c)
+}
+
+func (system) hasOwnTable() (bool, error) {
+	all, err := nftTables()
+	return slices.Contains(all, kernel.NFTTable{Family: "inet", Name: tproxy.NFTable}), err
+}
+
+func (system) ownTable() (n *rules.Native, err error) {
+	err = withTable(func(c *nft.Conn) error {
+		n, _, err = c.List(tproxy.NFTable)
+		return err
+	})
+	return n, err
+}
+
+func (system) commitTable(commands []rules.NativeCommand) (failed int, err error) {
+	err = withTable(func(c *nft.Conn) error { return c.Send(nft.Encode(commands, binary.NativeEndian), 0) })
+	if e, ok := errors.AsType[*nft.Error](err); ok {
+		return e.Command, err
+	}
+	return -1, err
+}
+
+func (system) noNFTables() string {
+	// Since 5.2 a chain of nat can be of the family inet (nft_chain_nat.c).
+	if major, minor := kernel.Release(); major < 5 || major == 5 && minor < 2 {
+		return fmt.Sprintf("the kernel is Linux %d.%d, and nat in the family inet takes 5.2", major, minor)
+	}
+	err := withTable((*nft.Conn).Supported)
+	if err != nil && !errors.Is(err, fs.ErrPermission) { // without root it cannot be told
+		return err.Error()
+	}
+	return ""
 }
 
 // conntrackCount is how many connections conntrack knows in the network namespace of

@@ -115,10 +115,10 @@ func (s *session) variantOf(ctx context.Context, path, target string) (tproxy.Ba
 // inKernel fills in what the kernel holds of the variant.
 func (s *session) inKernel(v *tproxy.Variant) {
 	if v.Backend == tproxy.NFTables {
-		switch n, err := s.m.ownTable(); {
+		switch has, err := s.m.hasOwnTable(); {
 		case err != nil:
 			v.Unknown = err.Error()
-		case n != nil:
+		case has:
 			v.Rules, v.Ours = true, rules.Families()
 		}
 		return

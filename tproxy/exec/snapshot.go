@@ -149,7 +149,11 @@ func (t *transaction) snapshot(ctx context.Context) (*Snapshot, error) {
 		if len(j.before.Ours.Bases)+len(j.before.Ours.Chains) == 0 {
 			continue
 		}
-		out.Rules = append(out.Rules, SnapshotRules{j.variant.Backend, j.family, j.before.text})
+		text := j.before.text
+		if j.before.table != nil {
+			text = j.before.table.Known().Text()
+		}
+		out.Rules = append(out.Rules, SnapshotRules{j.variant.Backend, j.family, text})
 		address = address || j.addressOurs()
 	}
 	if address {

@@ -30,7 +30,7 @@ func liveTable(n *rules.Native) live {
 		return live{}
 	}
 	set := n.Set()
-	return live{text: n.Known().Text(), all: set, Found: tproxy.Found{Ours: set}, table: n}
+	return live{all: set, Found: tproxy.Found{Ours: set}, table: n}
 }
 
 // orNFTables says why no rules can stand in nftables, after the reason for iptables.

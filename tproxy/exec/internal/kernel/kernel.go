@@ -141,3 +141,20 @@ func Holder(name string) (*HeldError, bool) { return holder(name) }
 
 // errHeld is tryLock's, before anybody looks for the holder: that walks /proc.
 var errHeld = errors.New("held")
+
+// parseRelease reads "6.18.5-x": the numbers before and behind the first dot.
+func parseRelease(text []byte) (major, minor int) {
+	numbers := [2]int{}
+	at := 0
+	for _, c := range text {
+		switch {
+		case c >= '0' && c <= '9' && numbers[at] < 1000:
+			numbers[at] = numbers[at]*10 + int(c-'0')
+		case c == '.' && at == 0:
+			at = 1
+		default:
+			return numbers[0], numbers[1]
+		}
+	}
+	return numbers[0], numbers[1]
+}

@@ -110,3 +110,6 @@ func LegacyChains(Family, string) ([]string, error) { return nil, errors.ErrUnsu
 
 // ListeningTCP is for Linux.
 func ListeningTCP() ([]procfs.Socket, error) { return nil, errors.ErrUnsupported }
+
+// Release is for Linux.
+func Release() (major, minor int) { return 0, 0 }

@@ -21,3 +21,14 @@ func TestFamilyString(t *testing.T) {
 		t.Errorf("got %q", got)
 	}
 }
+
+func TestParseRelease(t *testing.T) {
+	for text, want := range map[string][2]int{
+		"6.18.5\x00\x00": {6, 18}, "5.2": {5, 2}, "4.18.0-553.el8_10.x86_64": {4, 18}, "6.1-rc1": {6, 1}, "": {}, "x": {}, "6": {6, 0},
+		"99999999999999999999.1": {9999, 0},
+	} {
+		if major, minor := parseRelease([]byte(text)); major != want[0] || minor != want[1] {
+			t.Errorf("%q: %d.%d, want %v", text, major, minor, want)
+		}
+	}
+}
