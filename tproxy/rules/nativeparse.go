@@ -266,8 +266,8 @@ func (m *NativeMatch) parse(w []string) (n int, err error) {
 		}
 		m.Mask, n = mask.First, n+2
 	}
-	if n < len(w) && (w[n] == "!=" || w[n] == "==") {
-		m.Not, n = w[n] == "!=", n+1
+	if n < len(w) && (w[n] == m.Key.unequal() || w[n] == "==" && m.Key != KeyCTState) {
+		m.Not, n = w[n] != "==", n+1
 	}
 	if n >= len(w) {
 		return 0, fmt.Errorf("%q: a match without a value", strings.Join(w, " "))

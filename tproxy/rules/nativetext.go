@@ -156,7 +156,7 @@ func (m NativeMatch) append(b []byte, proto Protocol) []byte {
 		name = strings.Replace(name, "th ", proto.String()+" ", 1)
 	}
 	b = append(b, name...)
-	equal, unequal := " ", " != "
+	equal, unequal := " ", " "+m.Key.unequal()+" "
 	if m.Mask != nil && m.Key != KeyCTState && !m.isPrefix() {
 		b = append(append(b, " & "...), m.Key.text(m.Mask, true)...)
 		equal = " == "
@@ -186,6 +186,15 @@ func (m NativeMatch) append(b []byte, proto Protocol) []byte {
 		b = append(append(b, '-'), m.Key.text(m.Last, false)...)
 	}
 	return b
+}
+
+// unequal is how nft(8) writes that the key has another value, and of the states of a
+// connection that it has none of them: "!=" would compare with all of their bits.
+func (k NativeKey) unequal() string {
+	if k == KeyCTState {
+		return "!"
+	}
+	return "!="
 }
 
 // isPrefix reports whether the match is about a prefix of addresses.

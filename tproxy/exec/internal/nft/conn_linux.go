@@ -27,13 +27,15 @@ const (
 // Conn is a socket, of the network namespace of the thread that opened it. One
 // goroutine at a time may use it.
 //
-// It is worth keeping: while the kernel disposes of what a commit has deleted, 12 to 16
-// ms, it lets no socket of netfilter be closed (nft_rcv_nl_event,
-// net/netfilter/nf_tables_api.c).
+// It is worth keeping: a socket of netfilter that was used is closed only when the kernel
+// has disposed of what a commit deleted, of whichever socket that was (nft_rcv_nl_event,
+// net/netfilter/nf_tables_api.c). That takes an RCU grace period, 12 to 16 ms where RCU is
+// not expedited; asking and committing go on meanwhile. A process that ends closes it too
+// and waits as long, so there is nothing to gain in leaving it open at the end; in one that
+// lives on, Close can be called from another goroutine.
 type Conn struct {
 	n      *kernel.Netlink
 	answer []byte
-	room   int  // of the socket's buffer, as far as it was made larger
 	stale  bool // whether answers may be left to read
 }
 
@@ -71,43 +73,43 @@ func (c *Conn) Send(b *Batch, since uint32) error {
 		c.drain()
 	}
 	binary.BigEndian.PutUint32(b.bytes[generation:], since)
-	if err := c.makeRoom(len(b.bytes)); err != nil {
-		return err
-	}
 	to := &syscall.SockaddrNetlink{Family: syscall.AF_NETLINK}
-	for {
+	for enlarged := false; ; {
 		// The kernel carries it out within the call, so what fails here was not done.
-		err := syscall.Sendto(c.n.FD(), b.bytes, 0, to)
-		if err == nil {
+		switch err := syscall.Sendto(c.n.FD(), b.bytes, 0, to); {
+		case err == nil:
 			return c.verdict(b)
+		case errors.Is(err, syscall.EINTR):
+		case errors.Is(err, syscall.EMSGSIZE) && !enlarged:
+			enlarged = true
+			if err := c.enlarge(len(b.bytes)); err != nil {
+				return err
+			}
+		default:
+			e := &Error{Command: -1}
+			if !errors.As(err, &e.Errno) {
+				return fmt.Errorf("nf_tables batch: %w", err)
+			}
+			if e.Errno == syscall.EMSGSIZE {
+				e.Message = fmt.Sprintf("it has %d bytes, and net.core.wmem_max of the host allows less", len(b.bytes))
+			}
+			return e
 		}
-		if errors.Is(err, syscall.EINTR) {
-			continue
-		}
-		e := &Error{Command: -1}
-		if !errors.As(err, &e.Errno) {
-			return fmt.Errorf("nf_tables batch: %w", err)
-		}
-		return e
 	}
 }
 
-// makeRoom makes the socket take a message of that size.
-func (c *Conn) makeRoom(size int) error {
+// enlarge makes the socket take a message of that size.
+func (c *Conn) enlarge(size int) error {
 	size += sendBufferSpare
-	if size <= c.room || size <= 64<<10 { // less than any kernel's default
-		return nil
-	}
 	err := syscall.SetsockoptInt(c.n.FD(), syscall.SOL_SOCKET, syscall.SO_SNDBUFFORCE, size)
 	if err != nil {
-		// CAP_NET_ADMIN of a user namespace is not enough for that; net.core.wmem_max
-		// is the limit then.
+		// CAP_NET_ADMIN of a user namespace is not enough for that (socket(7)): as much
+		// as net.core.wmem_max allows.
 		err = syscall.SetsockoptInt(c.n.FD(), syscall.SOL_SOCKET, syscall.SO_SNDBUF, size)
 	}
 	if err != nil {
 		return fmt.Errorf("nf_tables batch of %d bytes: send buffer: %w", size, err)
 	}
-	c.room = size
 	return nil
 }
 

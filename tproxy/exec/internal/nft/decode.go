@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"iter"
+	"math/bits"
 	"slices"
 
 	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
@@ -471,8 +472,11 @@ func (r *ruleReader) read() {
 	if len(r.list) > 0 {
 		r.action()
 	}
-	if len(r.list) > 0 && r.odd == "" {
+	if len(r.list) > 0 {
 		r.odd = r.list[0].String()
+		if k, _, ok := loaded(&r.list[0]); ok && r.guarded(k) && len(r.list) > 1 && r.list[1].name != "" {
+			r.odd += " and " + r.list[1].name
+		}
 	}
 	// What is behind what was not understood may count too.
 	for i := range r.list {
@@ -504,17 +508,77 @@ func (r *ruleReader) match() bool {
 		return false
 	}
 	key, length, ok := loaded(&r.list[0])
-	if !ok {
+	if !ok || !r.guarded(key) {
 		return false
 	}
 	m := rules.NativeMatch{Key: key}
 	n := r.compared(&m, length)
-	if n == 0 {
+	if n == 0 || !ours(&m) {
 		return false
 	}
 	r.rule.Matches = append(r.rule.Matches, m)
 	r.list = r.list[1+n:]
 	return true
+}
+
+// guarded reports whether the matches before say of which protocol the packet is, where
+// the key is a place in its header: in that of another one something else stands there.
+func (r *ruleReader) guarded(k rules.NativeKey) bool {
+	guard, values := rules.KeyFamily, []byte{2} // NFPROTO_IPV4
+	switch k {
+	default:
+		return true
+	case rules.KeySource4, rules.KeyDestination4:
+	case rules.KeySource6, rules.KeyDestination6:
+		values = []byte{10}
+	case rules.KeyTCPFlags:
+		guard, values = rules.KeyProtocol, []byte{6}
+	case rules.KeySourcePort, rules.KeyDestinationPort:
+		guard, values = rules.KeyProtocol, []byte{6, 17, 33, 132, 136} // TCP, UDP, DCCP, SCTP, UDP-Lite
+	}
+	return slices.ContainsFunc(r.rule.Matches, func(m rules.NativeMatch) bool {
+		return m.Key == guard && !m.Not && m.Mask == nil && m.Last == nil && len(m.First) == 1 && slices.Contains(values, m.First[0])
+	})
+}
+
+// ours reports whether a rule of rules.Set.Native compares the key in this way. Of another
+// comparison nobody behind would ask.
+func ours(m *rules.NativeMatch) bool {
+	equal, between, prefix := m.Mask == nil && m.Last == nil && m.Set == "", m.Mask == nil, isPrefix(m.Mask)
+	switch m.Key {
+	case rules.KeyFamily, rules.KeyProtocol:
+		return equal && !m.Not
+	case rules.KeyInInterface, rules.KeyOutInterface, rules.KeySourceType, rules.KeyDestinationType:
+		return equal
+	case rules.KeySource4, rules.KeySource6, rules.KeyDestination4, rules.KeyDestination6:
+		return between || prefix
+	case rules.KeySourcePort, rules.KeyDestinationPort, rules.KeyUID, rules.KeyGID:
+		return between
+	case rules.KeyTCPFlags:
+		return m.Mask != nil
+	case rules.KeyCTState:
+		return m.Mask != nil && m.First == nil
+	case rules.KeyMark:
+		return equal || m.Mask != nil
+	}
+	return false
+}
+
+// isPrefix reports whether a mask is ones and then zeros.
+func isPrefix(mask []byte) bool {
+	ended := false
+	for _, c := range mask {
+		switch {
+		case ended && c != 0:
+			return false
+		case c != 0xff:
+			ended = true
+			if bits.LeadingZeros8(^c)+bits.TrailingZeros8(c) != 8 {
+				return false
+			}
+		}
+	}
+	return len(mask) > 0
 }
 
 // loaded is the key that the expression puts into register 1, and how many bytes of it.

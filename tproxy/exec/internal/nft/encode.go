@@ -1,10 +1,10 @@
 package nft
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"slices"
-	"strings"
 
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
@@ -46,7 +46,7 @@ const maxElements = 1<<16 - 1 - 128
 func Encode(commands []rules.NativeCommand, order binary.ByteOrder) *Batch {
 	e := &encoder{little: order.Uint16([]byte{1, 0}) == 1}
 	e.b = make([]byte, 0, estimate(commands))
-	e.owners = make([]int32, 0, len(commands)+len(commands)/8)
+	e.owners = make([]int32, 0, len(commands)+len(commands)/8+8)
 	at := e.begin(batchBegin, 0, 0, subsystem>>8)
 	e.u32(batchGenID, 0) // none: nf_tables_valid_genid, net/netfilter/nf_tables_api.c
 	e.end(at)
@@ -145,9 +145,13 @@ func (e *encoder) message(typ, flags uint16, table string) (at int) {
 	return at
 }
 
+// header is that of an attribute: two numbers of 16 bits, the length first.
 func (e *encoder) header(typ uint16, length int) {
-	e.append16(uint16(attrHeader + length))
-	e.append16(typ)
+	if e.little {
+		e.append32(uint32(attrHeader+length) | uint32(typ)<<16)
+	} else {
+		e.append32(uint32(attrHeader+length)<<16 | uint32(typ))
+	}
 }
 
 func (e *encoder) pad() {
@@ -272,26 +276,31 @@ func (e *encoder) elements(last int, table string, s *rules.NativeSet) int {
 		e.text(elemListSet, s.Name)
 		list = e.nest(elemListElements)
 	}
+	size := setTypes[s.Type].size
+	begin, end := e.template(size, 0), e.template(size, elemIntervalEnd)
+	add := func(t template, key []byte) (at []byte) {
+		e.b = append(e.b, t.room[:t.length]...)
+		at = e.b[len(e.b)-size-pad4(size):][:size]
+		copy(at, key)
+		return at
+	}
 	for i := range s.Elements {
 		r := &s.Elements[i]
 		room()
 		if i == 0 && !all(r.First, 0) {
-			at := e.element(r.First, elemIntervalEnd)
-			clear(e.b[len(e.b)-len(r.First)-pad4(len(r.First)):])
-			e.close(at)
+			add(end, zeros[:size])
 		}
-		at := e.element(r.First, 0)
-		if open := all(r.Last, 0xff); open {
-			e.header(elemUserdata, 6)
-			e.b = append(e.b, udataElemFlags, 4)
-			e.append32(udataOpen)
-			e.pad()
-			e.close(at)
+		if !all(r.Last, 0xff) {
+			add(begin, r.First)
+			increment(add(end, r.Last))
 			continue
 		}
-		e.close(at)
-		at = e.element(r.Last, elemIntervalEnd)
-		increment(e.b[len(e.b)-len(r.Last)-pad4(len(r.Last)):][:len(r.Last)])
+		at := len(e.b)
+		add(begin, r.First)
+		e.header(elemUserdata, 6)
+		e.b = append(e.b, udataElemFlags, 4)
+		e.append32(udataOpen)
+		e.pad()
 		e.close(at)
 	}
 	if list > 0 {
@@ -301,15 +310,23 @@ func (e *encoder) elements(last int, table string, s *rules.NativeSet) int {
 	return last
 }
 
-func (e *encoder) element(key []byte, flags uint32) (at int) {
-	at = e.nest(listElem)
+// template is an element whose key, at its end, is still to be filled in.
+type template struct {
+	room   [3*attrHeader + 8 + 16]byte
+	length int
+}
+
+func (e *encoder) template(size int, flags uint32) (t template) {
+	start := len(e.b)
+	at := e.nest(listElem)
 	if flags != 0 {
 		e.u32(elemFlags, flags)
 	}
-	in := e.nest(elemKey)
-	e.bytes(dataValue, key)
-	e.close(in)
-	return at
+	e.data(elemKey, network, zeros[:size])
+	e.close(at)
+	t.length = copy(t.room[:], e.b[start:])
+	e.b = e.b[:start]
+	return t
 }
 
 func pad4(n int) int { return -n & 3 }
@@ -361,34 +378,37 @@ func (e *encoder) close2(element, data int) {
 	e.close(element)
 }
 
-// value is data in a register.
-func (e *encoder) value(typ uint16, v []byte) {
-	at := e.nest(typ)
-	e.bytes(dataValue, v)
-	e.close(at)
+// form is the byte order that the kernel has data in.
+type form uint8
+
+const (
+	network form = iota
+	host         // as the machine has it
+)
+
+func formOf(k rules.NativeKey) form {
+	if k.HostOrder() {
+		return host
+	}
+	return network
 }
 
-// host is a number of network byte order, in the kernel's.
-func (e *encoder) host(typ uint16, v []byte) {
+// data is what a register is compared with or gets: v, which is in network byte order.
+func (e *encoder) data(typ uint16, f form, v []byte) {
 	at := e.nest(typ)
-	e.header(dataValue, len(v))
-	e.b = append(e.b, v...)
-	if e.little {
-		slices.Reverse(e.b[len(e.b)-len(v):])
+	e.bytes(dataValue, v)
+	if f == host && e.little {
+		slices.Reverse(e.b[at+2*attrHeader:][:len(v)])
 	}
-	e.pad()
 	e.close(at)
 }
 
 func (e *encoder) match(m *rules.NativeMatch) {
-	l, ok := loads[m.Key]
-	if !ok {
+	if m.Key.Size() == 0 {
 		panic(fmt.Sprintf("no key of nf_tables has number %d", m.Key))
 	}
-	data := e.value
-	if m.Key.HostOrder() {
-		data = e.host
-	}
+	l := loads[m.Key]
+	order := formOf(m.Key)
 	equal, differs := uint32(opEq), uint32(opNeq)
 	if m.Not {
 		equal, differs = differs, equal
@@ -404,24 +424,24 @@ func (e *encoder) match(m *rules.NativeMatch) {
 		e.between(m)
 	case m.Mask != nil && m.First == nil:
 		e.load(l)
-		e.bitwise(data, m.Mask, nil)
-		e.compare(e.value, differs, zeros[:len(m.Mask)])
+		e.bitwise(order, m.Mask, zeros[:len(m.Mask)])
+		e.compare(network, differs, zeros[:len(m.Mask)])
 	case m.Mask != nil:
 		if n := shorter(m.Key, m.First, m.Mask); n > 0 {
 			l.length = uint32(n)
 			e.load(l)
-			e.compare(e.value, equal, m.First[:n])
+			e.compare(network, equal, m.First[:n])
 			return
 		}
 		e.load(l)
-		e.bitwise(data, m.Mask, nil)
-		e.compare(data, equal, m.First)
+		e.bitwise(order, m.Mask, zeros[:len(m.Mask)])
+		e.compare(order, equal, m.First)
 	case m.Key == rules.KeyInInterface || m.Key == rules.KeyOutInterface:
 		e.load(l)
 		e.name(equal, m.First)
 	default:
 		e.load(l)
-		e.compare(data, equal, m.First)
+		e.compare(order, equal, m.First)
 	}
 }
 
@@ -463,50 +483,47 @@ func (e *encoder) hton(k rules.NativeKey) {
 	e.close2(element, data)
 }
 
-func (e *encoder) compare(value func(uint16, []byte), op uint32, v []byte) {
+func (e *encoder) compare(f form, op uint32, v []byte) {
 	element, data := e.expression("cmp")
 	e.u32(cmpSReg, reg1)
 	e.u32(cmpOp, op)
-	value(cmpData, v)
+	e.data(cmpData, f, v)
 	e.close2(element, data)
 }
 
 // name compares with the name of an interface: all 16 bytes, or the beginning.
 func (e *encoder) name(op uint32, name []byte) {
-	if begin, ok := strings.CutSuffix(string(name), "*"); ok {
-		e.compare(e.value, op, name[:len(begin)])
+	if begin, ok := bytes.CutSuffix(name, []byte{'*'}); ok {
+		e.compare(network, op, begin)
 		return
 	}
 	var room [16]byte
 	copy(room[:], name)
-	e.compare(e.value, op, room[:])
+	e.compare(network, op, room[:])
 }
 
 func (e *encoder) between(m *rules.NativeMatch) {
 	if !m.Not {
-		e.compare(e.value, opGTE, m.First)
-		e.compare(e.value, opLTE, m.Last)
+		e.compare(network, opGTE, m.First)
+		e.compare(network, opLTE, m.Last)
 		return
 	}
 	element, data := e.expression("range")
 	e.u32(rangeSReg, reg1)
 	e.u32(rangeOp, opNeq)
-	e.value(rangeFrom, m.First)
-	e.value(rangeTo, m.Last)
+	e.data(rangeFrom, network, m.First)
+	e.data(rangeTo, network, m.Last)
 	e.close2(element, data)
 }
 
-// bitwise keeps the bits of mask and flips those of xor; nil is none.
-func (e *encoder) bitwise(value func(uint16, []byte), mask, xor []byte) {
-	if xor == nil {
-		xor = zeros[:len(mask)]
-	}
+// bitwise keeps the bits of mask and flips those of xor.
+func (e *encoder) bitwise(f form, mask, xor []byte) {
 	element, data := e.expression("bitwise")
 	e.u32(bitwiseSReg, reg1)
 	e.u32(bitwiseDReg, reg1)
 	e.u32(bitwiseLen, uint32(len(mask)))
-	value(bitwiseMask, mask)
-	value(bitwiseXor, xor)
+	e.data(bitwiseMask, f, mask)
+	e.data(bitwiseXor, f, xor)
 	e.close2(element, data)
 }
 
@@ -534,13 +551,13 @@ func (e *encoder) action(a rules.Action) {
 	case rules.Goto:
 		e.verdict(verdictGoto, a.Chain)
 	case rules.Redirect:
-		e.immediate(e.value, binary.BigEndian.AppendUint16(nil, a.Port))
+		e.immediate(network, a.Port)
 		element, data := e.expression("redir")
 		e.u32(redirMin, reg1)
 		e.u32(redirFlags, protoSpecified)
 		e.close2(element, data)
 	case rules.CTZone:
-		e.immediate(e.host, binary.BigEndian.AppendUint16(nil, a.Zone))
+		e.immediate(host, a.Zone)
 		element, data := e.expression("ct")
 		e.u32(ctKey, ctZone)
 		e.u32(ctSReg, reg1)
@@ -557,23 +574,21 @@ func (e *encoder) action(a rules.Action) {
 }
 
 func (e *encoder) setMark(a rules.SetMark) {
-	value := binary.BigEndian.AppendUint32(nil, a.Value)
-	if a.Mask == 1<<32-1 {
-		e.immediate(e.host, value)
-	} else {
-		e.load(loads[rules.KeyMark])
-		e.bitwise(e.host, binary.BigEndian.AppendUint32(nil, ^a.Mask), value)
-	}
+	var mask, value [4]byte
+	binary.BigEndian.PutUint32(mask[:], ^a.Mask)
+	binary.BigEndian.PutUint32(value[:], a.Value)
+	e.load(loads[rules.KeyMark])
+	e.bitwise(host, mask[:], value[:])
 	element, data := e.expression("meta")
 	e.u32(metaKey, markKey)
 	e.u32(metaSReg, reg1)
 	e.close2(element, data)
 }
 
-func (e *encoder) immediate(value func(uint16, []byte), v []byte) {
+func (e *encoder) immediate(f form, v uint16) {
 	element, data := e.expression("immediate")
 	e.u32(immediateDReg, reg1)
-	value(immediateData, v)
+	e.data(immediateData, f, []byte{byte(v >> 8), byte(v)})
 	e.close2(element, data)
 }
 

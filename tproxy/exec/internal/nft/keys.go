@@ -6,7 +6,7 @@ import (
 
 // loads says how a key gets into a register: with meta or ct the number of the key,
 // with fib the flags, with payload base and offset.
-var loads = map[rules.NativeKey]load{
+var loads = [...]load{
 	rules.KeyProtocol:        {expr: "meta", key: 16},
 	rules.KeyFamily:          {expr: "meta", key: 15},
 	rules.KeyUID:             {expr: "meta", key: 10},
