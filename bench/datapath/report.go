@@ -64,9 +64,9 @@ func (b *bench) ratios(k key, way, to string) []float64 {
 	if v == nil || base == nil {
 		return nil
 	}
-	out := make([]float64, len(v))
-	for i := range v {
-		out[i] = v[i] / base[i]
+	out := make([]float64, min(len(v), len(base)))
+	for i := range out { // of one of them there may be several in a pass
+		out[i] = v[i*len(v)/len(out)] / base[i*len(base)/len(out)]
 	}
 	return out
 }

@@ -57,8 +57,12 @@ func made() *bench {
 					if w.slope > 0 && w.family != sets {
 						v = 10100 + 3*float64(w.list.n)
 					}
-					for pass := range 10 {
-						b.add(key{m.name, f, name}, w.name, v*float64(1+pass/7))
+					n := thrice
+					if w.list.n > 0 {
+						n = 1
+					}
+					for i := range 10 * n {
+						b.add(key{m.name, f, name}, w.name, v*float64(1+i/n/7))
 					}
 				}
 			}
