@@ -29,6 +29,7 @@ var ours = []struct {
 	least   string
 	slope   float64
 }{
+	{tproxy.NFTables, "least nft", 0.2},
 	{tproxy.IPTablesNFT, "least iptables-nft", 4.2},
 	{tproxy.IPTablesLegacy, "least iptables-legacy", 2.2},
 }
