@@ -299,7 +299,7 @@ var keys = []key{
 	setting("dryRun", func(s *Settings) *bool { return &s.DryRun }),
 	boolean("cniMode", func(c *Config) *bool { return &c.Pod }, write[bool]),
 	field("backend", Text, `"auto"`, func(c *Config) *Backend { return &c.Backend }, writeBackend,
-		readName(ParseBackend, "auto, iptables-nft or iptables-legacy")),
+		readName(ParseBackend, "auto, nftables, iptables-nft or iptables-legacy")),
 	{"persist", Text, `"auto"`, func(c *Config) any { return writePersist(c.Persist) }, func(r *reader, raw json.RawMessage) []ConfigFault {
 		r.persist = new(Persist)
 		return readName(ParsePersist, acceptedPersist)(r.persist, raw)

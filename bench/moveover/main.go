@@ -23,6 +23,7 @@ import (
 	"github.com/kumahq/kuma-tproxy/bench/internal/crowd"
 	"github.com/kumahq/kuma-tproxy/internal/oldkuma"
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
@@ -37,7 +38,7 @@ func run(rounds int, date, out string) error {
 	p.Linef("ours over Kuma's: this module's install where Kuma's rules stand, and Kuma's rules again in one transaction.")
 	p.Linef("Kuma's over ours: the control, Kuma's own install over ours, which flushes first, and ours again.\n")
 	p.Head("variant, installer of Kuma's")
-	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+	for _, b := range tproxy.Backends() {
 		for _, i := range oldkuma.Installers() {
 			r, err := change(b, i, rounds, (*host).over)
 			if err != nil {
@@ -131,6 +132,9 @@ func (h *host) over() error {
 			return err
 		}
 	}
+	if h.Backend == tproxy.NFTables {
+		return h.NFT("delete table inet " + tproxy.NFTable + "\n")
+	}
 	return nil
 }
 
@@ -138,6 +142,11 @@ func (h *host) over() error {
 func (h *host) back() error {
 	if err := h.apply(); err != nil {
 		return err
+	}
+	if h.Backend == tproxy.NFTables { // which Kuma's uninstall does not see
+		if _, err := h.Remove(exec.RemoveOptions{}); err != nil {
+			return err
+		}
 	}
 	for _, f := range rules.Families() {
 		text, err := h.Save(f)

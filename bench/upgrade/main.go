@@ -2,7 +2,7 @@
 
 // Command upgrade measures what install does to the connections of a host when there
 // is an install already: the same again, another config and back, over half of an
-// install, and an uninstall that drains.
+// install, with another backend and back, and an uninstall that drains.
 //
 // In network namespaces of its own, clients connect at full speed, in and out, IPv4
 // and IPv6, some of them to ports that every config excludes. A connection that the
@@ -28,10 +28,11 @@ import (
 
 func main() { crowd.Main("upgrade", "how often each change is made", run) }
 
-// host is one with two configs to choose from.
+// host is one with two configs to choose from, and the first with each backend.
 type host struct {
 	*crowd.Host
 	one, other *tproxy.Plan
+	by         map[tproxy.Backend]*tproxy.Plan
 }
 
 var changes = []struct {
@@ -44,6 +45,7 @@ var changes = []struct {
 	{"over half of an install", false, (*host).half},
 	{"control: uninstall, install", true, func(h *host) error {
 		_, err := h.Remove(exec.RemoveOptions{})
+		time.Sleep(crowd.Breath)
 		return errors.Join(err, h.apply(h.one))
 	}},
 }
@@ -54,8 +56,11 @@ func run(rounds int, date, out string) error {
 		return err
 	}
 	p.Linef("Rounds: %d of each change\n", rounds)
-	p.Head("change, variant")
-	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+	p.Head("change, backend")
+	if err := moves(p, rounds); err != nil {
+		return err
+	}
+	for _, b := range tproxy.Backends() {
 		for _, c := range changes {
 			r, err := measure(b, rounds, c.step)
 			if err != nil {
@@ -82,6 +87,24 @@ func run(rounds int, date, out string) error {
 	return p.Write(out)
 }
 
+// moves are from each backend to each other one, and back.
+func moves(p *crowd.Page, rounds int) error {
+	all := tproxy.Backends()
+	for i, b := range all {
+		for _, to := range all[i+1:] {
+			r, err := measure(b, rounds, func(h *host) error { return errors.Join(h.apply(h.by[to]), h.apply(h.one)) })
+			if err != nil {
+				return fmt.Errorf("%s to %s and back: %w", b, to, err)
+			}
+			p.Row(fmt.Sprintf("%-28s%s", "to "+to.String()+" and back", b), r)
+			if !r.Clean() {
+				p.Bad++
+			}
+		}
+	}
+	return nil
+}
+
 func measure(b tproxy.Backend, rounds int, step func(*host) error) (r crowd.Result, err error) {
 	h, err := newHost(b)
 	if err != nil {
@@ -96,8 +119,13 @@ func newHost(b tproxy.Backend) (*host, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &host{Host: c}
-	h.one, err = h.Plan(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}})
+	h := &host{Host: c, by: map[tproxy.Backend]*tproxy.Plan{}}
+	for _, to := range tproxy.Backends() {
+		if err == nil {
+			h.by[to], err = h.Plan(tproxy.Config{Backend: to, DNS: tproxy.DNS{CaptureAll: true}})
+		}
+	}
+	h.one = h.by[b]
 	if err == nil {
 		h.other, err = h.Plan(tproxy.Config{
 			Inbound:  tproxy.Inbound{ExcludePorts: rules.MustPorts("8443,9100-9200")},
@@ -122,6 +150,10 @@ func (h *host) apply(p *tproxy.Plan) error {
 // half loses what does not let a connection escape, as a kill or a foreign hand would,
 // and installs again.
 func (h *host) half() error {
+	if h.Backend == tproxy.NFTables {
+		const t = "flush chain inet " + tproxy.NFTable + " "
+		return errors.Join(h.NFT(t+"nat.KUMA_MESH_RECORD\n"+t+"nat.KUMA_MESH_DNS\n"), h.apply(h.one))
+	}
 	for _, f := range rules.Families() {
 		if err := h.Restore(f, "*nat\n:KUMA_MESH_RECORD - [0:0]\n:KUMA_MESH_DNS - [0:0]\nCOMMIT\n", "--noflush"); err != nil {
 			return err

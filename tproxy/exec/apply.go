@@ -326,7 +326,7 @@ func (t *transaction) underLock(ctx context.Context, ipv6 bool, find func() ([]j
 		return t.rollback(ctx, err)
 	}
 	if t.removes {
-		t.cut(jobs)
+		t.cut(ctx, jobs)
 	}
 	err = t.write(ctx, jobs, rec, ipv6)
 	if err != nil && t.bare && lacksComments(err) {

@@ -88,7 +88,7 @@ var (
 // that row the query comes back to the resolver, which waits for itself.
 func TestLocalResolverIsNoLoop(t *testing.T) {
 	netlab.Require(t, "dnsmasq")
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		w.dnsmasq(w.Client, "root", upstream, "--address=/#/"+answered.String())
 		w.dnsmasq(w.Host, "nobody", stub, "--server="+upstream.Addr().String())
 		p := &netlab.Proxy{UID: proxyUID, In: 15006, Out: 15001, DNS: 15053, Mode: netlab.Pass, Upstream: stub}
@@ -149,7 +149,7 @@ func TestDNSOverTCP(t *testing.T) {
 	}
 	servers, others := at(netlab.Resolver4, netlab.Resolver6), at(netlab.Internet4, netlab.Internet6)
 	const nobody = 65534
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		for _, server := range append(servers, others...) {
 			w.dnsmasq(w.Client, "root", server, "--address=/#/"+answered.String())
 		}
@@ -191,16 +191,15 @@ func TestDNSOverTCP(t *testing.T) {
 			ask(appUID, stub, 0) // the local resolver asks upstream over TCP
 			ask(proxyUID, stub, 0)
 			for _, f := range rules.Families() {
-				if saved := w.on("", w.program(f, "save")); strings.Contains(saved, "KUMA_MESH_DNS_TCP") != c.dns.RedirectTCP {
-					w.Errorf("%+v: %s rules\n%s", c.dns, f, saved)
+				saved := w.ours(f)
+				if tcp := slices.ContainsFunc(saved.Chains, func(c rules.Chain) bool { return c.Name == "KUMA_MESH_DNS_TCP" }); tcp != c.dns.RedirectTCP {
+					w.Errorf("%+v: %s rules\n%v", c.dns, f, saved)
 				}
 			}
 		}
 		w.uninstall()
-		for _, f := range rules.Families() {
-			if saved := w.on("", w.program(f, "save")); strings.Contains(saved, "KUMA_MESH") {
-				w.Errorf("after the uninstall, %s rules\n%s", f, saved)
-			}
+		if saved := w.ruled(); strings.Contains(saved, "KUMA_MESH") {
+			w.Errorf("after the uninstall, rules\n%s", saved)
 		}
 	})
 }
@@ -208,7 +207,7 @@ func TestDNSOverTCP(t *testing.T) {
 // DNS over TCP needs no conntrack zone: the proxy may ask from the source port that an
 // application's query had just now, and is not taken for it.
 func TestSourcePortOfDNSOverTCPIsUsedAgain(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		w.serve()
 		w.proxy(netlab.Answer)
 		w.install(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}})
@@ -255,7 +254,7 @@ func TestLocalResolverOfRootIsRefused(t *testing.T) {
 // name does not. Where nothing answers at that address, install says so.
 func TestMeshNamesResolve(t *testing.T) {
 	netlab.Require(t, "dnsmasq", "getent", "unshare")
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		w.dnsmasq(w.Client, "root", upstream, "--address=/mesh/"+answered.String())
 		path := w.resolvConf(netlab.Client4) // where nothing answers
 		was, err := os.ReadFile(path)
@@ -293,7 +292,7 @@ func TestMeshNamesResolve(t *testing.T) {
 // The resolv.conf of the host, seen from another network namespace, is not written
 // unless that is asked for.
 func TestHostsResolvConfIsLeft(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		path := w.resolvConf(upstream.Addr())
 		_, err := w.plan(tproxy.Config{DNS: tproxy.DNS{ControlPlane: netlab.Client4, ResolvConf: path}})
 		if _, ok := errors.AsType[*tproxy.RefusedError](err); !ok || !strings.Contains(err.Error(), "namespace") {

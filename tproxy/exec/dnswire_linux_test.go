@@ -150,7 +150,7 @@ func (w *world) split() tproxy.Config {
 // handful of ports at once, and with two threads on each socket, as glibc's A and AAAA
 // from one port would be if they raced.
 func TestKeptSourcePortLosesNothing(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		w.serve()
 		w.proxy(netlab.Answer)
 		w.install(w.split())
@@ -276,7 +276,7 @@ func (w *world) free(a netip.Addr) netip.AddrPort {
 // first. With the zones every user's query goes its own way; the control, without them,
 // has to go wrong.
 func TestReusedSourcePortGoesItsOwnWay(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		w.serve()
 		w.proxy(netlab.Answer)
 		who := map[uint32]string{appUID: "dns", proxyUID: "resolver", 1002: "resolver"}
@@ -324,7 +324,7 @@ func TestReusedSourcePortGoesItsOwnWay(t *testing.T) {
 // conntrack, which a rule of others holds, knows its flow; after the uninstall it goes
 // direct at once. Without the zones it goes on as it was.
 func TestSocketFromBeforeTheInstallIsRedirected(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		w.serve()
 		w.proxy(netlab.Answer)
 		w.iptables("-A INPUT -m conntrack --ctstate ESTABLISHED -j ACCEPT")
@@ -373,7 +373,7 @@ func TestStatefulFilterLetsAnswersIn(t *testing.T) {
 	netlab.Require(t, "nft")
 	for name, filter := range filters {
 		t.Run(name, func(t *testing.T) {
-			eachVariant(t, func(w *world) {
+			eachBackend(t, func(w *world) {
 				w.serve()
 				w.proxy(netlab.Answer)
 				filter(w)

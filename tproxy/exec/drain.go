@@ -98,11 +98,11 @@ func redirectPorts(l live) (ports []uint16) {
 }
 
 // cut counts the connections that go with the rules.
-func (t *transaction) cut(jobs []job) {
-	if slices.ContainsFunc(jobs, func(j job) bool { return holdsConntrack(j.before) }) {
+func (t *transaction) cut(ctx context.Context, jobs []job) {
+	n, err := t.redirected(jobs)
+	if n > 0 && t.othersTrack(ctx, jobs) {
 		return
 	}
-	n, err := t.redirected(jobs)
 	switch {
 	case err != nil:
 		t.report.Notes = append(t.report.Notes, fmt.Sprintf("how many redirected connections are cut cannot be told: %v", err))
@@ -115,6 +115,29 @@ func (t *transaction) cut(jobs []job) {
 		t.report.Notes = append(t.report.Notes, fmt.Sprintf("%d redirected connections were cut; --drain lets them end first", n))
 	}
 	t.report.Cut = n
+}
+
+// othersTrack reports whether rules of others need conntrack, wherever they stand. What
+// cannot be read does not: then too many connections are counted, and not too few.
+func (t *transaction) othersTrack(ctx context.Context, jobs []job) bool {
+	if slices.ContainsFunc(jobs, func(j job) bool { return holdsConntrack(j.before) }) {
+		return true
+	}
+	if yes, err := t.m.tracked(); err == nil && yes {
+		return true
+	}
+	for _, v := range t.variants(ctx) {
+		for _, f := range rules.Families() {
+			is := func(j job) bool { return j.variant.Backend == v.Backend && j.family == f }
+			if v.Backend == tproxy.NFTables || !v.Rules || !v.Installed(f) || slices.ContainsFunc(jobs, is) {
+				continue
+			}
+			if l, err := t.save(ctx, v, f); err == nil && holdsConntrack(l) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // holdsConntrack reports whether a rule of others needs conntrack, so that the kernel

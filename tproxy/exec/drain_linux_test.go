@@ -33,7 +33,7 @@ func (w *world) talking(each int) *netlab.Load {
 // An uninstall that drains lets the connections that are redirected end by themselves,
 // while new ones go direct; one that does not, cuts them, and says how many.
 func TestUninstallDrains(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		w.serve()
 		w.proxy(netlab.Answer)
 		w.install(tproxy.Config{})
@@ -70,7 +70,7 @@ func TestUninstallDrains(t *testing.T) {
 
 func TestUninstallCountsWhatItCuts(t *testing.T) {
 	for _, others := range []bool{false, true} {
-		eachVariant(t, func(w *world) {
+		eachBackend(t, func(w *world) {
 			w.serve()
 			w.proxy(netlab.Answer)
 			if others { // they hold conntrack
@@ -99,7 +99,7 @@ func TestUninstallCountsWhatItCuts(t *testing.T) {
 
 // Queries over TCP that are redirected are among those that are counted.
 func TestUninstallCountsQueriesOverTCP(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		w.serve()
 		w.proxy(netlab.Answer)
 		w.install(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true, RedirectTCP: true}})
@@ -118,7 +118,7 @@ func TestUninstallCountsQueriesOverTCP(t *testing.T) {
 
 // A drain that is interrupted leaves everything as it was.
 func TestInterruptedDrainPutsTheRulesBack(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		w.serve()
 		w.proxy(netlab.Answer)
 		w.install(tproxy.Config{DNS: tproxy.DNS{CaptureAll: true}})

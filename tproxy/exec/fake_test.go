@@ -41,6 +41,7 @@ type fakeMachine struct {
 	local     []netip.Prefix
 	held      bool
 	foreign   []string // tables of nftables
+	tracks    bool     // whether a rule in them needs conntrack
 	// table is ours in nftables, and noTable why there cannot be one; onCommit, if set, is
 	// called before each transaction and may refuse it.
 	table    *rules.Native
@@ -321,6 +322,7 @@ func (m *fakeMachine) hasRules(nft bool, f rules.Family, t rules.Table) (bool, e
 }
 
 func (m *fakeMachine) foreignTables() ([]string, error) { return m.foreign, nil }
+func (m *fakeMachine) tracked() (bool, error)           { return m.tracks, nil }
 
 func (m *fakeMachine) send(uid uint32, to netip.AddrPort) (netip.AddrPort, error) {
 	if m.sent == nil {

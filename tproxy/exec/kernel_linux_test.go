@@ -35,23 +35,35 @@ type world struct {
 	operated bool
 }
 
+// variants are those of iptables, for tests of its programs.
+var variants = []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy}
+
 // eachVariant runs the test in a fresh lab with each variant of iptables.
 func eachVariant(t *testing.T, f func(w *world)) {
 	t.Helper()
-	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+	for _, b := range variants {
+		t.Run(b.String(), func(t *testing.T) { f(newWorld(t, b)) })
+	}
+}
+
+// eachBackend runs the test in a fresh lab with each backend.
+func eachBackend(t *testing.T, f func(w *world)) {
+	t.Helper()
+	for _, b := range tproxy.Backends() {
 		t.Run(b.String(), func(t *testing.T) { f(newWorld(t, b)) })
 	}
 }
 
 func newWorld(t *testing.T, b tproxy.Backend) *world {
 	t.Helper()
-	netlab.Require(t, "ip", b.String()+"-restore", "ip6"+strings.TrimPrefix(b.String(), "ip")+"-restore")
 	l, err := netlab.New(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(l.Close)
-	return &world{T: t, Lab: l, backend: b}
+	w := &world{T: t, Lab: l, backend: b}
+	netlab.Require(t, "ip", "nft", w.program(rules.IPv4, "restore"), w.program(rules.IPv6, "restore"))
+	return w
 }
 
 // plan observes the lab's host and builds for it.
@@ -122,9 +134,18 @@ func (w *world) on(stdin, name string, args ...string) string {
 	return out
 }
 
+// variant is where the rules of others stand: in the backend, or, where that is a
+// table of our own, in the tables of iptables beside it.
+func (w *world) variant() tproxy.Backend {
+	if w.backend == tproxy.NFTables {
+		return tproxy.IPTablesNFT
+	}
+	return w.backend
+}
+
 // program is the variant's program: save, restore or "" for iptables itself.
 func (w *world) program(f rules.Family, verb string) string {
-	name := w.backend.String()
+	name := w.variant().String()
 	if f == rules.IPv6 {
 		name = "ip6" + strings.TrimPrefix(name, "ip")
 	}
@@ -176,7 +197,7 @@ func (w *world) tables() string {
 			w.Fatal(err)
 		}
 		fmt.Fprintf(&b, "%s\n%s", file, names)
-		if w.backend == tproxy.IPTablesLegacy && len(names) > 0 || w.backend == tproxy.IPTablesNFT && strings.Contains(b.String(), "table ip") {
+		if w.backend == tproxy.IPTablesLegacy && len(names) > 0 || w.variant() == tproxy.IPTablesNFT && strings.Contains(b.String(), "table ip") {
 			fmt.Fprintf(&b, "%s\n%s", w.program(f, "save"), w.save(f))
 		}
 	}
@@ -184,9 +205,23 @@ func (w *world) tables() string {
 	return b.String()
 }
 
-// ours is what parses out of the variant's own list.
-func (w *world) ours(f rules.Family) rules.Set {
+// ours is what parses out of the variant's own list, or what stands in our table.
+func (w *world) ours(f rules.Family) (ours rules.Set) {
 	w.Helper()
+	if w.backend == tproxy.NFTables {
+		if err := w.In(w.Host, func() error {
+			l, err := w.runner.Live(w.Context())
+			for _, r := range l.Rules {
+				if r.Backend == tproxy.NFTables && r.Family == f {
+					ours = r.Set
+				}
+			}
+			return err
+		}); err != nil {
+			w.Fatal(err)
+		}
+		return ours
+	}
 	all, err := rules.ParseSave(f, []byte(w.on("", w.program(f, "save"))))
 	if err != nil {
 		w.Fatal(err)
@@ -561,7 +596,7 @@ func TestEachRowOfTheContract(t *testing.T) {
 			{"untouched", "1000 udp internet:53 => resolver"},
 		}},
 	}
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		w.serve()
 		w.proxy(netlab.Answer)
 		for _, s := range scenarios {
@@ -582,7 +617,7 @@ func TestEachRowOfTheContract(t *testing.T) {
 // A connection through a proxy that passes it on arrives, from the passthrough
 // address where it came from outside, and never comes back to the proxy.
 func TestProxyPassesOnWithoutALoop(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		w.serve()
 		p := &netlab.Proxy{UID: proxyUID, In: 15006, Out: 15001, DNS: 15053, Mode: netlab.Pass, Upstream: netip.AddrPortFrom(netlab.Resolver4, 53)}
 		if err := p.Start(w.Lab); err != nil {
@@ -623,7 +658,7 @@ func TestProxyPassesOnWithoutALoop(t *testing.T) {
 // port and a client of the same user, which connects to the passthrough address
 // at another port and must arrive at the server.
 func TestKumasValidatorArrives(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		for i, l := range []string{"127.0.0.1:15006", "[::1]:15006"} {
 			if _, err := w.ListenTCP(w.Host, proxyUID, "in", netip.MustParseAddrPort(l)); err != nil {
 				w.Fatalf("family %d: %v", i, err)
@@ -641,7 +676,7 @@ func TestKumasValidatorArrives(t *testing.T) {
 // K19: what the proxy's user sends to the local resolver's address over TCP goes
 // there.
 func TestProxyReachesTheLocalResolverOverTCP(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		if _, err := w.ListenTCP(w.Host, 0, "stub", netip.MustParseAddrPort("127.0.0.53:53"), netip.MustParseAddrPort("[::1]:53")); err != nil {
 			w.Fatal(err)
 		}
@@ -656,7 +691,7 @@ func TestProxyReachesTheLocalResolverOverTCP(t *testing.T) {
 
 // K9, K11: more ports than a multiport match takes, for a user beyond 65535.
 func TestUserExcludedFromTwentyPorts(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		var ports []string
 		var flows []flow
 		for p := 1080; p < 1120; p += 2 {
@@ -677,7 +712,7 @@ func TestUserExcludedFromTwentyPorts(t *testing.T) {
 // A0: what is forwarded keeps its way: a container's connections out, and its
 // published port.
 func TestContainersKeepTheirNetwork(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		if err := w.AddContainer(w.Context()); err != nil {
 			w.Fatal(err)
 		}

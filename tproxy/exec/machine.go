@@ -74,8 +74,11 @@ type machine interface {
 	ownTable() (*rules.Native, error)
 	commitTable(commands []rules.NativeCommand) (failed int, err error)
 	noNFTables() string
-	// foreignTables lists the tables of nftables that iptables does not show.
+	// foreignTables lists the tables of nftables that iptables does not show and that
+	// are not ours.
 	foreignTables() ([]string, error)
+	// tracked reports whether a rule in one of these needs conntrack.
+	tracked() (bool, error)
 	// bases lists the base chains of nftables, empty tables of others left out,
 	// and native what iptables-nft-save does not show in a table of iptables.
 	bases() ([]kernel.NFTBase, error)
@@ -278,11 +281,25 @@ func (system) foreignTables() ([]string, error) {
 	all, err := nftTables()
 	var out []string
 	for _, t := range all {
-		if (t.Family != "ip" && t.Family != "ip6") || !isIPTables(t.Name) {
+		if foreign(t) {
 			out = append(out, t.Family+" "+t.Name)
 		}
 	}
 	return out, err
+}
+
+// foreign reports whether a table is neither of iptables-nft nor our own.
+func foreign(t kernel.NFTTable) bool {
+	ours := t.Family == "inet" && t.Name == tproxy.NFTable
+	return !ours && ((t.Family != "ip" && t.Family != "ip6") || !isIPTables(t.Name))
+}
+
+func (system) tracked() (bool, error) {
+	yes, err := kernel.NFTTracks(foreign)
+	if errors.Is(err, errors.ErrUnsupported) {
+		return false, nil
+	}
+	return yes, err
 }
 
 func (system) bases() ([]kernel.NFTBase, error) {

@@ -289,7 +289,7 @@ var handWritten = []string{
 // conntrack (with the rules that one writes by hand they die: the test below).
 // Redirected ones live through another install.
 func TestConnectionsLiveThroughInstallAndUninstall(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		server := w.sshd(22, 2222)
 		p := w.proxy(netlab.Pass)
 		var sessions []*session
@@ -356,7 +356,7 @@ func TestHandWrittenRulesKillTheSession(t *testing.T) {
 // A session through another port than 22 would be captured: the install is refused
 // and changes nothing, unless the port is excluded.
 func TestInstallRefusesToCaptureTheWayIn(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		w.operated = true
 		server := w.sshd(22, 2222)
 		w.proxy(netlab.Answer)

@@ -9,6 +9,7 @@ import (
 	"os"
 	osexec "os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -102,11 +103,10 @@ var (
 	flowsOfTrial    = []flow{{"", "outside host:80 => app"}, {"", "outside host:8080 => in"}, {"", "1000 internet:8443 => out"}, {"", "1000 internet:443 => out"}}
 )
 
-// ruled is what both variants hold of everybody's rules, ::6, and the files of a trial
-// that waits.
+// ruled is what both variants and our table hold of everybody's rules, and ::6.
 func (w *world) ruled() string {
 	w.Helper()
-	return w.on("", "sh", "-c", `for f in iptables ip6tables; do for v in nft legacy; do $f-$v-save 2>/dev/null | grep ^-A; done; done; ip -o address show dev lo | grep -o 'inet6 ::6.*'; true`)
+	return w.on("", "sh", "-c", `for f in iptables ip6tables; do for v in nft legacy; do $f-$v-save 2>/dev/null | grep ^-A; done; done; nft -s list table inet kuma-tproxy 2>/dev/null; ip -o address show dev lo | grep -o 'inet6 ::6.*'; true`)
 }
 
 // pending is what confirm --status says; nil where nothing waits.
@@ -148,7 +148,7 @@ func (w *world) over() {
 }
 
 // eachFormer runs a test for a host without anything, for one with an install, and for
-// one with Kuma's rules, with both variants.
+// one with Kuma's rules, with each backend.
 func eachFormer(t *testing.T, run func(w *world, former []flow)) {
 	t.Helper()
 	for name, prepare := range map[string]func(w *world) []flow{
@@ -158,17 +158,16 @@ func eachFormer(t *testing.T, run func(w *world, former []flow)) {
 			w.kuma(oldkuma.Third, oldkuma.Options{DNS: true})
 			return []flow{{"", "outside host:80 => in"}, {"", "1000 internet:8443 => out"}}
 		},
-		// The way back leads to another variant of iptables.
+		// The way back leads to another backend.
 		"elsewhere": func(w *world) []flow {
+			all := tproxy.Backends()
 			c := standing
-			if c.Backend = tproxy.IPTablesLegacy; w.backend == c.Backend {
-				c.Backend = tproxy.IPTablesNFT
-			}
+			c.Backend = all[(slices.Index(all, w.backend)+1)%len(all)]
 			w.install(c)
 			return flowsOfStanding
 		},
 	} {
-		for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+		for _, b := range tproxy.Backends() {
 			t.Run(fmt.Sprintf("%s/%s", name, b), func(t *testing.T) {
 				t.Parallel() // most of it is waiting
 				w := newWorld(t, b)
@@ -244,13 +243,13 @@ func TestTrialIsOver(t *testing.T) {
 	}, "")
 }
 
-// atOnce runs a test with each variant and for each name, all at the same time: most of it
+// atOnce runs a test with each backend and for each name, all at the same time: most of it
 // is waiting, for which t.Parallel waits as well.
 func atOnce(t *testing.T, run func(w *world), names ...string) {
 	t.Helper()
 	var all sync.WaitGroup
 	for _, name := range names {
-		for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+		for _, b := range tproxy.Backends() {
 			all.Go(func() { t.Run(b.String()+"/"+name, func(t *testing.T) { run(newWorld(t, b)) }) })
 		}
 	}
@@ -354,7 +353,7 @@ func outlives(t *testing.T, milliseconds ...int) {
 // Either the confirmation or the way back wins, never both and never neither, however
 // close they are.
 func TestConfirmAtTheLastMoment(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		w.install(standing)
 		before := w.ruled()
 		p, err := w.plan(tproxy.Config{})

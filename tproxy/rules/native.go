@@ -165,31 +165,27 @@ type NativeSet struct {
 // NativeRange is an element of a set, both ends included.
 type NativeRange struct{ First, Last []byte }
 
-// The priorities of base chains of nat. One that goes first comes before all of
-// others, iptables' among them, whichever was registered first: those are at -100
-// (NF_IP_PRI_NAT_DST in linux/netfilter_ipv4.h). One that goes last comes behind
-// them: what they have translated it does not see any more.
-const (
-	nativeFirst = -101
-	nativeLast  = -99
-)
-
+// nativeBase is the type and the priority of a base chain. One that goes first comes
+// before those of others, iptables' among them, whichever was registered first; those
+// are at the priorities of enum nf_ip_hook_priorities, linux/netfilter_ipv4.h. One that
+// goes last comes behind them: in nat, it does not see what they have translated.
 func nativeBase(c BaseChain) (kind string, priority int32) {
+	kind = "filter"
 	switch c.Table {
 	case NAT:
-		if c.Place == First {
-			return "nat", nativeFirst
-		}
-		return "nat", nativeLast
+		kind, priority = "nat", -100
 	case Raw:
-		return "filter", -300
+		priority = -300
 	case Mangle:
+		priority = -150
 		if c.Hook == Output {
-			return "route", -150 // it looks for the route again, as that of iptables does
+			kind = "route" // it looks for the route again, as that of iptables does
 		}
-		return "filter", -150
 	}
-	return "filter", 0
+	if c.Place == First {
+		return kind, priority - 1
+	}
+	return kind, priority + 1
 }
 
 // Native returns the Set as a table of nftables of that name, for both families, or

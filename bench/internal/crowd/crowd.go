@@ -6,6 +6,7 @@ package crowd
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -94,9 +95,10 @@ func New(b tproxy.Backend) (*Host, error) {
 	return h, nil
 }
 
-// Plan builds a config for the host as it is.
+// Plan builds a config for the host as it is, with its backend unless the config names
+// another one.
 func (h *Host) Plan(c tproxy.Config) (plan *tproxy.Plan, err error) {
-	c.Backend = h.Backend
+	c.Backend = cmp.Or(c.Backend, h.Backend)
 	c.Inbound.ExcludePorts = c.Inbound.ExcludePorts.Union(rules.Port(ExcludedIn))
 	c.Outbound.ExcludePorts = c.Outbound.ExcludePorts.Union(rules.Port(ExcludedOut))
 	err = h.In(h.Lab.Host, func() error {
@@ -127,8 +129,14 @@ func (h *Host) Remove(o exec.RemoveOptions) (report *exec.Report, err error) {
 	return report, err
 }
 
+// program is one of the backend's, or, for nftables, of iptables-nft: it is what others
+// have beside it.
 func (h *Host) program(f rules.Family, verb string) string {
-	name := h.Backend.String() + "-" + verb
+	b := h.Backend
+	if b == tproxy.NFTables {
+		b = tproxy.IPTablesNFT
+	}
+	name := b.String() + "-" + verb
 	if f == rules.IPv6 {
 		name = "ip6" + strings.TrimPrefix(name, "ip")
 	}
@@ -143,6 +151,12 @@ func (h *Host) Save(f rules.Family) (string, error) {
 // Restore feeds a script to the variant's iptables-restore.
 func (h *Host) Restore(f rules.Family, script string, args ...string) error {
 	_, err := h.Run(h.ctx, h.Lab.Host, script, h.program(f, "restore"), args...)
+	return err
+}
+
+// NFT feeds commands to nft(8).
+func (h *Host) NFT(commands string) error {
+	_, err := h.Run(h.ctx, h.Lab.Host, commands, "nft", "-f", "-")
 	return err
 }
 
@@ -187,6 +201,10 @@ func (h *Host) streams() []netlab.Stream {
 	return streams
 }
 
+// Breath is how long clients connect between two steps: some take less time than a
+// connection does.
+const Breath = 10 * time.Millisecond
+
 // Under does step rounds times while the clients connect, in and out, IPv4 and IPv6,
 // and to ports that are excluded.
 func (h *Host) Under(rounds int, step func() error) (r Result, err error) {
@@ -198,6 +216,7 @@ func (h *Host) Under(rounds int, step func() error) (r Result, err error) {
 		if err = step(); err != nil {
 			break
 		}
+		time.Sleep(Breath)
 	}
 	tallies, alive, held := load.Stop()
 	r.Alive, r.Held = alive, held

@@ -29,6 +29,9 @@ func NFTChains(family, table string) ([]string, error) { return nil, errors.ErrU
 // NFTBases is for Linux.
 func NFTBases() ([]NFTBase, error) { return nil, errors.ErrUnsupported }
 
+// NFTTracks is for Linux.
+func NFTTracks(func(NFTTable) bool) (bool, error) { return false, errors.ErrUnsupported }
+
 // NFTNative is for Linux.
 func NFTNative(family, table string) ([]string, error) { return nil, errors.ErrUnsupported }
 

@@ -115,6 +115,40 @@ func NFTNative(family, table string) ([]string, error) {
 	return slices.Compact(found), NFTError(fmt.Sprintf("rules of table %s %q", family, table), err)
 }
 
+// NFTTracks reports whether a rule of nf_tables needs conntrack in the calling thread's
+// network namespace, of a table that counts: as long as one does, conntrack stays there
+// (nf_ct_netns_get, called in net/netfilter/nft_ct.c, nft_nat.c, nft_masq.c, nft_redir.c
+// and others). It knows no rule of iptables-nft. Errors are those of NFTTables.
+func NFTTracks(counts func(NFTTable) bool) (bool, error) {
+	families := make(map[uint8]string, len(nftFamilies))
+	for name, number := range nftFamilies {
+		families[number] = name
+	}
+	found, err := dump(syscall.NETLINK_NETFILTER, nftGetRule, nfgen(syscall.AF_UNSPEC), 1, func(body []byte) (struct{}, bool) {
+		name, _ := nftString(body, nftaTable)
+		if !counts(NFTTable{Family: families[body[0]], Name: name}) {
+			return struct{}{}, false
+		}
+		for typ, value := range attrs(body, nfgenHeader) {
+			if typ != nftaRuleExpressions {
+				continue
+			}
+			for _, element := range attrs(value, 0) {
+				for typ, value := range attrs(element, 0) {
+					if typ == nftaExprName && slices.Contains(tracking, CString(value)) {
+						return struct{}{}, true
+					}
+				}
+			}
+		}
+		return struct{}{}, false
+	})
+	return len(found) > 0, NFTError("rules", err)
+}
+
+// tracking are the expressions that need conntrack.
+var tracking = []string{"ct", "nat", "masq", "redir", "connlimit", "flow_offload", "synproxy"}
+
 // nativeExpression returns the first expression of a rule that is none of those
 // which iptables-nft makes (nft_is_expr_compatible and nft_parse_payload and
 // nft_parse_meta in iptables/nft.c and nft-shared.c, 1.8.9), or "".
