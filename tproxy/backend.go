@@ -12,6 +12,11 @@ import (
 // chooseBackend decides what holds the rules, from what was observed.
 func (p *Plan) chooseBackend() *Refusal {
 	h, asked := p.Host, p.Config.Backend
+	if asked == NFTables && p.Persist == PersistFirewalld {
+		return &Refusal{
+			"--backend nftables: firewalld's direct rules are those of iptables, and it has no place for a table of nftables",
+			"leave --store-firewalld or --persist firewalld out, as firewalld leaves a table of our own alone, or leave --backend out"}
+	}
 	if len(h.Variants) == 0 {
 		if asked == NFTables && h.NoNFTables != "" {
 			return p.missing(Variant{Backend: NFTables}, "asked for")
@@ -22,16 +27,11 @@ func (p *Plan) chooseBackend() *Refusal {
 		}
 		return nil
 	}
-	usable := func(v Variant) bool {
-		return !slices.ContainsFunc(p.Families, func(f rules.Family) bool { return !v.Installed(f) })
-	}
-	if asked == NFTables && p.Persist == PersistFirewalld {
-		return &Refusal{
-			"--backend nftables: firewalld's direct rules are those of iptables, and it has no place for a table of nftables",
-			"leave --store-firewalld or --persist firewalld out, as firewalld leaves a table of our own alone, or leave --backend out"}
-	}
 	choose := func(v Variant, why string) *Refusal {
 		p.Backend, p.BackendWhy = v.Backend, why
+		if r := p.lostTable(); r != nil {
+			return r
+		}
 		if r, ok := p.Translated(); ok && v.Backend != NFTables && r.Behind != v.Backend.String() {
 			p.note("the rules for %s are in %s, ours in %s: whether queries reach the proxy is tried, and the install undone if they do not", r, r.Behind, v.Backend)
 		}
@@ -39,7 +39,7 @@ func (p *Plan) chooseBackend() *Refusal {
 	}
 	if asked != Auto {
 		v, found := h.Variant(asked)
-		if v.Backend = asked; !usable(v) || !found && asked == NFTables {
+		if v.Backend = asked; !p.usable(v) || !found && asked == NFTables {
 			return p.missing(v, "asked for")
 		}
 		if p.Persist == PersistFirewalld && !v.Default && slices.ContainsFunc(h.Variants, func(v Variant) bool { return v.Default }) {
@@ -56,15 +56,10 @@ func (p *Plan) chooseBackend() *Refusal {
 		}
 		return choose(v, why)
 	}
-	var can []Variant
-	for _, v := range h.Variants {
-		if v.Backend != NFTables && usable(v) {
-			can = append(can, v)
-		}
-	}
+	can := p.iptables()
 	switch len(can) {
 	case 0:
-		if v, ok := h.Variant(NFTables); ok && usable(v) && p.Persist != PersistFirewalld {
+		if v, ok := h.Variant(NFTables); ok && p.usable(v) && p.Persist != PersistFirewalld {
 			return choose(v, "the only one that can be used here")
 		}
 		v := h.Variants[0]
@@ -78,6 +73,31 @@ func (p *Plan) chooseBackend() *Refusal {
 	}
 	v, why := p.preferred(can)
 	return choose(v, why)
+}
+
+// usable reports whether a variant has what each of the families takes.
+func (p *Plan) usable(v Variant) bool {
+	return !slices.ContainsFunc(p.Families, func(f rules.Family) bool { return !v.Installed(f) })
+}
+
+// iptables are the variants of it that can be used.
+func (p *Plan) iptables() (out []Variant) {
+	for _, v := range p.Host.Variants {
+		if v.Backend != NFTables && p.usable(v) {
+			out = append(out, v)
+		}
+	}
+	return out
+}
+
+// lostTable refuses a table that systemd is to bring back and cannot.
+func (p *Plan) lostTable() *Refusal {
+	why := p.Host.Persistence.NoTable
+	if p.Backend != NFTables || p.Persist != PersistSystemd || why == "" {
+		return nil
+	}
+	return &Refusal{"a table of nftables would not come back after a restart: " + why,
+		"install the package nftables, keep kumactl where root alone can change it, or choose --persist none"}
 }
 
 // preferred is one of several variants that can be used, and why.
@@ -109,11 +129,14 @@ func (p *Plan) preferred(can []Variant) (v Variant, why string) {
 const ownTable = "it takes a table of our own and one transaction, and no program"
 
 // ownTable reports whether, unasked, the rules go into a table of nftables: where the
-// kernel can, firewalld is not to load them, and no rules of ours are elsewhere. Its
-// chains come before those of iptables, whichever was there first.
+// kernel can, it can come back as the install is to, and no rules of ours are elsewhere.
+// Its chains come before those of iptables, whichever was there first.
 func (p *Plan) ownTable(v Variant) bool {
 	switch {
 	case p.Persist == PersistFirewalld:
+		return false
+	case p.Persist == PersistSystemd && p.Host.Persistence.NoTable != "" && len(p.iptables()) > 0:
+		p.note("the rules are not in a table of nftables, which would not come back after a restart: %s", p.Host.Persistence.NoTable)
 		return false
 	case len(v.Ours) > 0:
 		return true

@@ -72,6 +72,9 @@ type Persistence struct {
 	// NoSystemd is the reason for which systemd cannot bring anything back into this
 	// network namespace; empty where it can.
 	NoSystemd string
+	// NoTable is the reason for which systemd, where it can bring rules back, cannot do so
+	// with a table of nftables; empty where it can.
+	NoTable string
 	// NoFirewalld is the reason for which nothing can be put into firewalld's direct.xml;
 	// empty where it can.
 	NoFirewalld string
@@ -144,7 +147,7 @@ func (p *Plan) choosePersist() *Refusal {
 	case !h.Observed || asked == PersistNone:
 	case asked == PersistSystemd && h.NoSystemd != "":
 		return &Refusal{"--persist systemd: " + h.NoSystemd, "install after each restart, and say so with --persist none"}
-	case asked == PersistSystemd && h.Firewalld:
+	case asked == PersistSystemd && h.Firewalld && !p.survivesFirewalld():
 		p.note("firewall-cmd --reload takes the rules out, and systemd does not learn of that: --persist firewalld has firewalld load them itself")
 	case asked == PersistFirewalld && h.NoFirewalld != "":
 		return &Refusal{"--persist firewalld: " + h.NoFirewalld, "mend that, or choose --persist systemd or none"}
@@ -176,7 +179,7 @@ func (p *Plan) autoPersist() *Refusal {
 	case h.Firewalld && p.survivesFirewalld() && h.NoSystemd != "":
 		none(h.NoSystemd)
 	case h.Firewalld && p.survivesFirewalld():
-		p.Persist, p.PersistWhy = PersistSystemd, "firewalld, which runs here, leaves a table of our own in nftables alone, and systemd is process 1"
+		p.Persist, p.PersistWhy = PersistSystemd, "systemd is process 1, and firewalld leaves a table of nftables alone"
 	case h.Firewalld && h.Failed+h.NoFirewalld != "":
 		return &Refusal{"firewalld rules this host and takes rules out that it does not know, and it cannot be told of ours: " + or(h.Failed, h.NoFirewalld),
 			"mend that first, or choose --persist systemd or none"}
@@ -191,10 +194,19 @@ func (p *Plan) autoPersist() *Refusal {
 }
 
 // survivesFirewalld reports whether the rules will stand in a table of our own, which
-// firewalld leaves alone when it starts, reloads and stops.
+// firewalld leaves alone when it starts, reloads and stops. What does not come back after
+// a restart of the host is only for where nothing else can be.
 func (p *Plan) survivesFirewalld() bool {
 	v, ok := p.Host.Variant(NFTables)
-	return ok && (p.Config.Backend == NFTables || p.Config.Backend == Auto && p.ownTable(v))
+	switch h := p.Host.Persistence; {
+	case !ok || p.Config.Backend != NFTables && p.Config.Backend != Auto:
+		return false
+	case p.Config.Backend == NFTables:
+		return true
+	case h.NoSystemd+h.NoTable != "" && len(p.iptables()) > 0:
+		return false
+	}
+	return p.ownTable(v)
 }
 
 // beside reports whether the install has more than rules.

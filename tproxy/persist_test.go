@@ -10,6 +10,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
 // By what an install comes back, on the hosts that there are.
@@ -178,5 +179,71 @@ func TestParsePersist(t *testing.T) {
 	}
 	if _, err := tproxy.Build(tproxy.Config{Persist: 9}, tproxy.Host{}); err == nil || !strings.Contains(err.Error(), `persist: "Persist(9)" is no way`) {
 		t.Error(err)
+	}
+}
+
+// A table of nftables is what firewalld leaves alone and cannot load: by what it comes
+// back, and where something else is chosen because it would not.
+func TestTableComesBack(t *testing.T) {
+	programs := tproxy.Programs{Save: "/s", Restore: "/r"}
+	table := tproxy.Variant{Backend: tproxy.NFTables}
+	filled := tproxy.Variant{Backend: tproxy.NFTables, Rules: true, Ours: []rules.Family{rules.IPv4, rules.IPv6}}
+	nft := tproxy.Variant{Backend: tproxy.IPTablesNFT, IPv4: programs, IPv6: programs, Default: true}
+	with := nft
+	with.Rules, with.Ours = true, []rules.Family{rules.IPv4}
+	bare := tproxy.Variant{Backend: tproxy.IPTablesLegacy, Rules: true} // no programs
+	const auto, systemd, firewalld = tproxy.PersistAuto, tproxy.PersistSystemd, tproxy.PersistFirewalld
+	running := tproxy.Persistence{Observed: true, Firewalld: true}
+	noBoot := tproxy.Persistence{Observed: true, Firewalld: true, NoSystemd: "no systemd"}
+	noTable := tproxy.Persistence{Observed: true, NoTable: "no nft"}
+	noTableFirewalld := tproxy.Persistence{Observed: true, Firewalld: true, NoTable: "no nft"}
+	failed := tproxy.Persistence{Observed: true, Firewalld: true, Failed: "state failed"}
+	for _, test := range []struct {
+		name    string
+		backend tproxy.Backend
+		persist tproxy.Persist
+		host    tproxy.Persistence
+		have    []tproxy.Variant
+		want    string
+		note    string
+	}{
+		{"firewalld runs", tproxy.Auto, auto, running, []tproxy.Variant{table, nft}, "nftables, systemd [systemd]", ""},
+		{"firewalld has failed", tproxy.Auto, auto, failed, []tproxy.Variant{table, nft}, "nftables, systemd [systemd]", ""},
+		{"ours are in iptables", tproxy.Auto, auto, running, []tproxy.Variant{table, with}, "iptables-nft, firewalld [systemd firewalld]", ""},
+		{"systemd asked", tproxy.Auto, systemd, running, []tproxy.Variant{table, nft}, "nftables, systemd [systemd]", ""},
+		{"systemd asked, ours in iptables", tproxy.Auto, systemd, running, []tproxy.Variant{table, with}, "iptables-nft, systemd [systemd]", "firewall-cmd --reload takes the rules out"},
+		{"firewalld asked", tproxy.Auto, firewalld, running, []tproxy.Variant{table, nft}, "iptables-nft, firewalld [systemd firewalld]", ""},
+		{"firewalld asked, ours in a table", tproxy.Auto, firewalld, running, []tproxy.Variant{filled, nft}, "iptables-nft, firewalld [systemd firewalld]", ""},
+		{"firewalld asked, no iptables", tproxy.Auto, firewalld, running, []tproxy.Variant{table}, "refused: iptables-nft (firewalld loads", ""},
+		{"firewalld and nftables asked", tproxy.NFTables, firewalld, running, []tproxy.Variant{table, nft}, "refused: --backend nftables: firewalld's direct rules", ""},
+		{"the same of a host unknown", tproxy.NFTables, firewalld, tproxy.Persistence{}, nil, "refused: --backend nftables: firewalld's direct rules", ""},
+		{"firewalld without systemd", tproxy.Auto, auto, noBoot, []tproxy.Variant{table, nft}, "iptables-nft, firewalld [firewalld]", "::6 on lo"},
+		{"the same without iptables", tproxy.Auto, auto, noBoot, []tproxy.Variant{table, bare}, "nftables, none []", "do not outlive a restart of this host: no systemd"},
+		{"the same, nftables asked", tproxy.NFTables, auto, noBoot, []tproxy.Variant{table, nft}, "nftables, none []", "do not outlive a restart of this host: no systemd"},
+		{"nothing for a unit to run", tproxy.Auto, auto, noTable, []tproxy.Variant{table, nft}, "iptables-nft, systemd [systemd]", "not in a table of nftables, which would not come back after a restart: no nft"},
+		{"the same, ours in a table", tproxy.Auto, auto, noTable, []tproxy.Variant{filled, nft}, "iptables-nft, systemd [systemd]", "would not come back"},
+		{"the same, with firewalld", tproxy.Auto, auto, noTableFirewalld, []tproxy.Variant{table, nft}, "iptables-nft, firewalld [systemd firewalld]", ""},
+		{"the same, without iptables", tproxy.Auto, auto, noTable, []tproxy.Variant{table}, "refused: a table of nftables would not come back after a restart: no nft", ""},
+		{"the same, nftables asked", tproxy.NFTables, auto, noTable, []tproxy.Variant{table, nft}, "refused: a table of nftables would not come back after a restart: no nft", ""},
+		{"the same, and it need not come back", tproxy.Auto, tproxy.PersistNone, noTable, []tproxy.Variant{table, nft}, "nftables, none []", ""},
+	} {
+		p, err := tproxy.Build(tproxy.Config{Backend: test.backend, Persist: test.persist}, tproxy.Host{Variants: test.have, Persistence: test.host})
+		got, notes := "", ""
+		if refused, ok := errors.AsType[*tproxy.RefusedError](err); ok {
+			got = "refused: " + refused.Reasons[0].What
+			if refused.Reasons[0].Remedy == "" {
+				t.Errorf("%s: no remedy", test.name)
+			}
+		} else if err != nil {
+			got = err.Error()
+		} else {
+			got, notes = fmt.Sprintf("%s, %s %v", p.Backend, p.Persist, p.Stores()), strings.Join(p.Notes, "\n")
+		}
+		if !strings.HasPrefix(got, test.want) {
+			t.Errorf("%s: %s, not %s", test.name, got, test.want)
+		}
+		if test.note == "" && notes != "" || !strings.Contains(notes, test.note) || strings.Count(notes, "would not come back") > 1 {
+			t.Errorf("%s: notes %q", test.name, notes)
+		}
 	}
 }

@@ -268,7 +268,7 @@ func (m *fakeMachine) find(name string) (string, string) {
 	if m.resolved != nil && (name == "busctl" || name == "systemctl") {
 		return "/usr/bin/" + name, "/usr/bin/" + name
 	}
-	if m.root != "" && slices.Contains([]string{"busctl", "systemctl", "journalctl", "sh", "ip", "resolvectl"}, name) {
+	if m.root != "" && slices.Contains([]string{"busctl", "systemctl", "journalctl", "sh", "ip", "resolvectl", "nft"}, name) {
 		return "/usr/sbin/" + name, "/usr/sbin/" + name
 	}
 	plain := !strings.Contains(name, "-nft") && !strings.Contains(name, "-legacy")

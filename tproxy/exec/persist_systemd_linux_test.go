@@ -98,6 +98,7 @@ func (h *rebooting) flows(installed bool) {
 func (h *rebooting) left() string {
 	return h.sh(`find /etc/systemd/system /etc/kuma-tproxy /etc/firewalld 2>/dev/null | sort | grep -i kuma
 for v in nft legacy; do for f in iptables ip6tables; do $f-$v-save | grep -i kuma; done; done
+nft list tables | grep kuma
 ip address show dev lo | grep ::6; systemctl list-units --all --plain --no-legend 'kuma*'; true`)
 }
 
@@ -141,7 +142,7 @@ func TestSystemdComesBack(t *testing.T) {
 	for _, test := range []struct {
 		backend tproxy.Backend
 		scripts bool
-	}{{tproxy.IPTablesNFT, false}, {tproxy.IPTablesLegacy, false}, {tproxy.IPTablesNFT, true}} {
+	}{{tproxy.NFTables, false}, {tproxy.IPTablesNFT, false}, {tproxy.IPTablesLegacy, false}, {tproxy.NFTables, true}, {tproxy.IPTablesNFT, true}} {
 		name := test.backend.String()
 		if test.scripts {
 			name += " by scripts"
@@ -153,10 +154,15 @@ func TestSystemdComesBack(t *testing.T) {
 			by := "runs /usr/local/bin/kumactl at boot"
 			if test.scripts { // root must not run what others can write
 				h.sh("chmod 777 /usr/local/bin")
-				by = "runs iptables-restore with saved scripts at boot"
+				if by = "runs iptables-restore with saved scripts at boot"; test.backend == tproxy.NFTables {
+					by = "runs nft with a saved script at boot"
+				}
 			}
 			if out := h.kumactl(install); !strings.Contains(out, "Done: the unit "+persist.UnitName+", which "+by) {
 				t.Errorf("%s", out)
+			}
+			if test.backend == tproxy.NFTables {
+				h.flushed(install)
 			}
 			if out := h.sh("systemd-analyze verify " + persist.UnitName + " " + persist.NamesUnitName + " 2>&1"); out != "" {
 				t.Errorf("%s", out)
@@ -180,6 +186,58 @@ func TestSystemdComesBack(t *testing.T) {
 	}
 }
 
+// flushed has nftables.service take every table out, as it does when it starts, reloads and
+// stops (Debian's nftables.conf begins with flush ruleset).
+func (h *rebooting) flushed(install string) {
+	h.T.Helper()
+	h.sh("grep -q '^flush ruleset' /etc/nftables.conf")
+	for _, verb := range []string{"start", "reload", "restart", "stop"} {
+		h.sh("systemctl " + verb + " nftables")
+		h.comesBack(verb + " of nftables")
+		h.sh(settled)
+		h.holds(verb+" of nftables", install)
+	}
+}
+
+// Where firewalld rules the host, a table of nftables comes back by systemd, and firewalld
+// leaves it alone in all that it does.
+func TestSystemdTableBesideFirewalld(t *testing.T) {
+	for _, backend := range []string{"nftables", "iptables"} {
+		t.Run(backend, func(t *testing.T) {
+			h := bootRebooting(t, tproxy.NFTables)
+			h.sh("sed -i 's/^FirewallBackend=.*/FirewallBackend=" + backend + "/; s/^RFC3964_IPv4=.*/RFC3964_IPv4=no/' /etc/firewalld/firewalld.conf; firewall-offline-cmd -q --set-default-zone=trusted; systemctl enable -q --now firewalld")
+			before := h.left()
+			const install = "install --exclude-inbound-ports 9005"
+			out := h.kumactl(install)
+			for _, want := range []string{"Done: the unit " + persist.UnitName, "After a restart: comes back by systemd (systemd is process 1, and firewalld leaves a table of nftables alone"} {
+				if !strings.Contains(out, want) {
+					t.Errorf("%q is not in %s", want, out)
+				}
+			}
+			h.holds("installed", install)
+			handle := func() string { return h.sh("nft -a list tables inet | grep kuma") }
+			table := handle()
+			for _, do := range []string{"firewall-cmd -q --reload", "firewall-cmd -q --complete-reload", "systemctl restart firewalld", "systemctl stop firewalld", "systemctl start firewalld"} {
+				h.sh(do + "; " + settled)
+				h.holds(do, install)
+			}
+			if now := handle(); now != table {
+				t.Errorf("firewalld's doings have made another table of it: %s, not %s", now, table)
+			}
+			h.sh("test ! -e /etc/firewalld/direct.xml")
+			h.reboot()
+			h.holds("booted", install)
+			if out := h.kumactl("install --store-firewalld --exclude-inbound-ports 9005"); !strings.Contains(out, "Done: the rules in /etc/firewalld/direct.xml") || h.sh("nft list tables | grep kuma; true") != "" {
+				t.Errorf("moved to firewalld: %s", out)
+			}
+			h.sh("firewall-cmd -q --reload")
+			h.comesBack("firewalld loads them")
+			h.kumactl("uninstall")
+			h.gone("uninstalled", before)
+		})
+	}
+}
+
 // Where firewalld rules the host, an install comes back by it and by systemd: through its
 // reloads, restarts, stop and start, and boots, with both of its backends, and with rules
 // of others in direct.xml, which an uninstall leaves byte for byte.
@@ -195,9 +253,9 @@ func TestSystemdComesBackWithFirewalld(t *testing.T) {
 			h.Put(t.Context(), direct, "640", []byte(others))
 			h.sh("systemctl enable -q --now firewalld")
 			before := h.left()
-			const install = "install --exclude-inbound-ports 9005"
+			const install = "install --exclude-inbound-ports 9005 --store-firewalld"
 			out := h.kumactl(install)
-			for _, want := range []string{"Done: the unit " + persist.UnitName, "Done: the rules in " + direct, "After a restart: comes back by firewalld (firewalld runs here"} {
+			for _, want := range []string{"Done: the unit " + persist.UnitName, "Done: the rules in " + direct, "After a restart: comes back by firewalld (asked for"} {
 				if !strings.Contains(out, want) {
 					t.Errorf("%q is not in %s", want, out)
 				}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -16,6 +17,9 @@ import (
 
 // scriptName is the script of a family, for iptables-restore.
 func scriptName(f rules.Family) string { return fmt.Sprintf("%s/rules.v%d", storeDir, f) }
+
+// tableScript is our table of nftables, for nft.
+const tableScript = storeDir + "/rules.nft"
 
 // namesScript is a script of sh.
 const namesScript = storeDir + "/names.sh"
@@ -39,10 +43,20 @@ func (s *session) scripts(p *tproxy.Plan, rec tproxy.Record, service, names *per
 	_, record := tproxy.RecordChain()
 	wait := max(1, (p.Config.Wait+time.Second-1)/time.Second)
 	_, v6 := tproxy.PassthroughAddresses()
+	if slices.Contains(p.Families, rules.IPv6) {
+		// Before the rules: there is no record yet that could be wrong.
+		service.Commands = append(service.Commands, []string{need("ip"), "-6", "address", "replace", hostPrefix(v6).String(), "dev", "lo"})
+	}
+	if p.Backend == tproxy.NFTables {
+		nft := need("nft")
+		out = append(out, newFile(tableScript, p.WithRecord(rec).NFTables(tproxy.NFTable)))
+		service.Commands = append(service.Commands, []string{sh, "-c",
+			fmt.Sprintf("%[1]s list table inet %[2]s >/dev/null 2>&1 || exec %[1]s -f %[3]s", quoted(nft), tproxy.NFTable, tableScript)})
+		service.Files = append(service.Files, tableScript)
+	}
 	for _, f := range p.Families {
-		if f == rules.IPv6 {
-			// Before the rules: there is no record yet that could be wrong.
-			service.Commands = append(service.Commands, []string{need("ip"), "-6", "address", "replace", hostPrefix(v6).String(), "dev", "lo"})
+		if p.Backend == tproxy.NFTables {
+			break
 		}
 		name, programs := scriptName(f), v.For(f)
 		for _, p := range []string{programs.Save, programs.Restore} {
@@ -62,6 +76,23 @@ func (s *session) scripts(p *tproxy.Plan, rec tproxy.Record, service, names *per
 		names.Commands = [][]string{{sh, "-e", namesScript}}
 	}
 	return out, err
+}
+
+// noTable is the reason for which a unit could not bring a table of nftables back: it
+// would run neither a program of ours nor nft(8).
+func (s *session) noTable() string {
+	why := s.unstable()
+	if why == "" {
+		return ""
+	}
+	nft, target := s.m.find("nft")
+	if nft == "" {
+		return fmt.Sprintf("a unit cannot run the program that installs (%s), and nft is not on PATH, %s", why, strings.Join(programDirs, ", "))
+	}
+	if err := s.mayRun(nft, target); err != nil {
+		return fmt.Sprintf("a unit cannot run the program that installs (%s), nor %v", why, err)
+	}
+	return ""
 }
 
 // mayRun is an error for a program that a unit must not run: PATH may be that of somebody

@@ -47,6 +47,9 @@ func (s *session) persistence(ctx context.Context, asked tproxy.Persist, h *tpro
 		return
 	}
 	p.NoSystemd, p.Elsewhere = s.m.systemd()
+	if p.NoSystemd == "" {
+		p.NoTable = s.noTable()
+	}
 	told := asked == tproxy.PersistFirewalld
 	if p.Elsewhere == "" || told { // else whose files they are does not matter
 		s.firewalld(ctx, p, told)

@@ -39,7 +39,7 @@ func (s *session) loaders() []string {
 // unitFiles are all files that may belong to the unit, in the order in which they are
 // made: when the last link is there, systemd has everything.
 func unitFiles() []string {
-	names := []string{savedName, scriptName(rules.IPv4), scriptName(rules.IPv6), namesScript, unitPath(persist.UnitName), unitPath(persist.NamesUnitName)}
+	names := []string{savedName, scriptName(rules.IPv4), scriptName(rules.IPv6), tableScript, namesScript, unitPath(persist.UnitName), unitPath(persist.NamesUnitName)}
 	for _, l := range persist.Loaders() {
 		names = append(names, unitFolder+"/"+l+".d/"+persist.DropInName)
 	}
@@ -237,7 +237,9 @@ func (s *session) wanted(p *tproxy.Plan, rec tproxy.Record) (out []storedFile, b
 		service.Commands = [][]string{append(slices.Clone(program), "rules")}
 		names.Commands = [][]string{append(slices.Clone(program), "names")}
 	} else {
-		by = "iptables-restore with saved scripts"
+		if by = "iptables-restore with saved scripts"; p.Backend == tproxy.NFTables {
+			by = "nft with a saved script"
+		}
 		if len(program) > 0 {
 			notes = append(notes, "at boot saved scripts are loaded, and not by the program that installs: "+why)
 		}
