@@ -102,7 +102,35 @@ type BaseChain struct {
 	// Policy is the verdict at the chain's end, ACCEPT or DROP. It is set by
 	// ParseSave and never rendered: the policy of a built-in chain is not ours.
 	Policy string
-	Rules  []Rule
+	// Offset is how far from where iptables has the chain of that table and hook the
+	// kernel calls this one, where it was read of nftables: one below 0 comes before
+	// iptables', one above behind them. It says nothing to a script.
+	Offset int32
+	// Name is that in nftables, where it is another than the hook's.
+	Name  string
+	Rules []Rule
+}
+
+// Priority is where iptables has the chain of a table at a hook, among all that see a
+// packet there: the lowest comes first (enum nf_ip_hook_priorities in
+// linux/netfilter_ipv4.h, and for security that of iptables-legacy). Chains of nat are
+// called at once, in the order of their own priorities, where iptables' are
+// (nf_nat_inet_fn in net/netfilter/nf_nat_core.c).
+func Priority(t Table, h Hook) int32 {
+	switch t {
+	case Raw:
+		return -300
+	case Mangle:
+		return -150
+	case NAT:
+		if h == Input || h == Postrouting {
+			return 100
+		}
+		return -100
+	case Security:
+		return 50
+	}
+	return 0
 }
 
 // Chain is a chain of our own, which does nothing until a rule jumps to it.

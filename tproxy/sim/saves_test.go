@@ -207,3 +207,55 @@ func TestWalkAll(t *testing.T) {
 		}
 	}
 }
+
+// TestWalkAllPriorities: with rules of nftables the order is known, whichever Set is
+// named first.
+func TestWalkAllPriorities(t *testing.T) {
+	at := func(table rules.Table, h rules.Hook, offset int32, r rules.Rule) rules.Set {
+		return rules.Set{Bases: []rules.BaseChain{{Table: table, Hook: h, Offset: offset, Rules: []rules.Rule{r}}}}
+	}
+	to := func(port uint16) rules.Rule {
+		return rules.Rule{Matches: []rules.Match{rules.Protocol(rules.TCP)}, Action: rules.Redirect{Port: port}}
+	}
+	mark := rules.Rule{Action: rules.SetMark{Value: 1, Mask: 1}}
+	marked := func(a rules.Action) rules.Rule {
+		return rules.Rule{Matches: []rules.Match{rules.Protocol(rules.TCP), rules.Mark{Value: 1, Mask: 1}}, Action: a}
+	}
+	opaque := rules.Rule{Matches: []rules.Match{rules.Opaque{}}, Action: rules.Redirect{Port: 7}}
+	notrack := rules.Rule{Action: rules.NoTrack{}}
+	out, in := rules.Output, rules.Prerouting
+	for name, test := range map[string]struct {
+		first, second rules.Set
+		packet, want  string
+	}{
+		"ours before iptables'":        {at(rules.NAT, out, -1, to(1)), at(rules.NAT, out, 0, to(2)), "out", "redirected to port 1"},
+		"iptables' before ours":        {at(rules.NAT, in, 0, to(2)), at(rules.NAT, in, 1, to(1)), "in", "redirected to port 2"},
+		"equal ones":                   {at(rules.NAT, out, -1, to(1)), at(rules.NAT, out, -1, to(2)), "out", "unknown"},
+		"what cannot be told behind":   {at(rules.NAT, out, -1, to(1)), at(rules.NAT, out, 0, opaque), "out", "redirected to port 1"},
+		"what cannot be told in front": {at(rules.NAT, out, -1, opaque), at(rules.NAT, out, 0, to(1)), "out", "unknown"},
+		"a mark from in front":         {at(rules.NAT, out, -1, mark), at(rules.NAT, out, 0, marked(rules.Redirect{Port: 3})), "out", "redirected to port 3"},
+		"a mark from behind":           {at(rules.NAT, out, 0, marked(rules.Redirect{Port: 3})), at(rules.NAT, out, 1, mark), "out", "untouched"},
+		// Chains of nat are all called at the priority of iptables'.
+		"a filter in front of nat":   {at(rules.Filter, out, -101, marked(rules.Drop{})), at(rules.NAT, out, -200, mark), "out", "untouched"},
+		"a filter behind nat":        {at(rules.NAT, out, 500, mark), at(rules.Filter, out, -99, marked(rules.Drop{})), "out", "dropped"},
+		"a filter with nat":          {at(rules.NAT, out, -1, to(1)), at(rules.Filter, out, -100, marked(rules.Drop{})), "out", "unknown"},
+		"a drop before anything":     {at(rules.Filter, in, -310, rules.Rule{Action: rules.Drop{}}), at(rules.NAT, in, -300, to(1)), "in", "dropped"},
+		"in front of conntrack":      {at(rules.Filter, out, -201, notrack), at(rules.NAT, out, -1, to(1)), "out", "untouched"},
+		"behind conntrack":           {at(rules.Filter, out, -199, notrack), at(rules.NAT, out, -1, to(1)), "out", "redirected to port 1"},
+		"a filter at no usual place": {at(rules.Filter, in, 5, rules.Rule{Action: rules.Drop{}}), at(rules.NAT, in, 0, to(1)), "in", "dropped"},
+	} {
+		packet := map[string]string{"in": "in tcp 10.0.0.9:4000 > 10.0.0.7:80", "out": "out tcp uid=1 10.0.0.7:4000 > 10.0.0.9:80"}[test.packet]
+		for _, sets := range [][]rules.Set{{test.first, test.second}, {test.second, test.first}} {
+			p := sim.MustPacket(packet)
+			trace := sim.WalkAll(sets, env, p)
+			if trace.Verdict.String() != test.want || sim.DecideAll(sets, env, p) != trace.Verdict {
+				t.Errorf("%s: %s, want %s\n%s", name, trace.Verdict, test.want, trace)
+			}
+		}
+		one := test.first
+		one.Bases = append(one.Bases[:1:1], test.second.Bases...)
+		if trace := sim.Walk(one, env, sim.MustPacket(packet)); trace.Verdict.String() != test.want {
+			t.Errorf("%s, as one Set: %s, want %s\n%s", name, trace.Verdict, test.want, trace)
+		}
+	}
+}

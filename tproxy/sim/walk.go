@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -18,9 +19,10 @@ func Walk(set rules.Set, env Env, p Packet) Trace {
 }
 
 // WalkAll is Walk through several Sets at once, as on a host whose kernel holds
-// rules of iptables-nft and of iptables-legacy: at each hook the packet meets
-// all of them. In which order is not known, so where two of them want to
-// translate the packet the verdict is Unknown.
+// rules of iptables-nft, of iptables-legacy and of nftables: at each hook the packet
+// meets all of them, in the order of their priorities (rules.BaseChain.Offset). Of
+// equal ones the order is not known, so where two of those want to translate the
+// packet the verdict is Unknown.
 func WalkAll(sets []rules.Set, env Env, p Packet) Trace {
 	all := make([]*rules.Set, len(sets))
 	for i := range sets {
@@ -73,6 +75,7 @@ func DecideAll(sets []rules.Set, env Env, p Packet) Verdict {
 
 type walker struct {
 	sets   []*rules.Set
+	mixed  bool       // whether the order of the tables is not enough
 	set    *rules.Set // the one of sets whose rules are walked,
 	which  int        // and its place there
 	env    Env
@@ -120,6 +123,9 @@ func (w *walker) walk() Verdict {
 	w.p.Source = netip.AddrPortFrom(plain(w.p.Source.Addr()), w.p.Source.Port())
 	w.p.Destination = netip.AddrPortFrom(plain(w.p.Destination.Addr()), w.p.Destination.Port())
 	w.mark = w.p.Mark
+	w.mixed = len(w.sets) > 1 || slices.ContainsFunc(w.sets, func(s *rules.Set) bool {
+		return slices.ContainsFunc(s.Bases, func(c rules.BaseChain) bool { return c.Offset != 0 })
+	})
 	end := accepted
 	for _, s := range w.sets {
 		if s.Has(w.family) {
@@ -143,13 +149,11 @@ func (w *walker) walk() Verdict {
 	return v
 }
 
-// path calls the base chains in the order of the hooks and, at a hook, of their
-// priorities: raw -300, conntrack -200, mangle -150, nat -100, filter 0, security
-// 50, 150 by iptables-nft (enum nf_ip_hook_priorities in linux/netfilter_ipv4.h).
+// path calls the base chains in the order of the hooks.
 func (w *walker) path() end {
 	w.local = w.p.Path == In || w.p.Path == Out && w.env.IsLocal(w.p.Destination.Addr())
 	if w.p.Path != Out {
-		if e := w.at(rules.Prerouting, rules.Raw, rules.Mangle, rules.NAT); e > accepted {
+		if e := w.at(rules.Prerouting, rules.Raw, rules.Mangle, rules.NAT, rules.Filter); e > accepted {
 			return e
 		}
 		if w.local {
@@ -158,7 +162,7 @@ func (w *walker) path() end {
 		if e := w.at(rules.Forward, rules.Mangle, rules.Filter, rules.Security); e > accepted {
 			return e
 		}
-		return w.at(rules.Postrouting, rules.Mangle)
+		return w.at(rules.Postrouting, rules.Mangle, rules.Filter)
 	}
 
 	if w.p.OutInterface == "" && w.local {
@@ -173,7 +177,7 @@ func (w *walker) path() end {
 	if w.redirected {
 		w.p.OutInterface = "lo"
 	}
-	if e := w.at(rules.Postrouting, rules.Mangle); e > accepted {
+	if e := w.at(rules.Postrouting, rules.Mangle, rules.Filter); e > accepted {
 		return e
 	}
 	if w.p.OutInterface != "lo" {
@@ -189,15 +193,19 @@ func (w *walker) path() end {
 	// nf_nat_inet_fn, net/netfilter/nf_nat_core.c).
 	w.owned, w.zoned, w.local = false, true, true
 	w.p.InInterface, w.p.OutInterface = "lo", ""
-	if e := w.at(rules.Prerouting, rules.Raw, rules.Mangle); e > accepted {
+	if e := w.at(rules.Prerouting, rules.Raw, rules.Mangle, rules.Filter); e > accepted {
 		return e
 	}
 	return w.at(rules.Input, rules.Mangle, rules.Filter, rules.Security)
 }
 
-// at calls the base chains of the tables at a hook.
+// at calls the base chains of the tables at a hook; the tables stand in the order in
+// which iptables' are called.
 func (w *walker) at(h rules.Hook, tables ...rules.Table) end {
 	w.hook = h
+	if w.mixed {
+		return w.inOrder(h, tables)
+	}
 	for _, t := range tables {
 		if t == rules.NAT && (w.p.State == Established || w.untracked) {
 			continue
@@ -205,87 +213,170 @@ func (w *walker) at(h rules.Hook, tables ...rules.Table) end {
 		if t == rules.Mangle || t == rules.NAT {
 			w.zoned, w.seen = true, true // conntrack stands between raw and mangle
 		}
-		if t == rules.NAT && len(w.sets) > 1 {
-			if e := w.nats(h); e > accepted {
-				return e
+		for i := range w.sets[0].Bases {
+			if c := &w.sets[0].Bases[i]; c.Table == t && c.Hook == h {
+				if e := w.base(place{0, c}); e > accepted {
+					return e
+				}
 			}
-			continue
-		}
-		if e := w.tables(t, h); e > accepted {
-			return e
 		}
 	}
 	return accepted
 }
 
-// tables calls the base chains of a table of all Sets. Which of several comes
-// first is not known: what depends on it is not either.
-func (w *walker) tables(t rules.Table, h rules.Hook) end {
+// conntrack is the priority of connection tracking (NF_IP_PRI_CONNTRACK in
+// linux/netfilter_ipv4.h).
+const conntrack = -200
+
+// place is a base chain of one of the Sets.
+type place struct {
+	set int
+	*rules.BaseChain
+}
+
+func (p place) priority() int32 { return rules.Priority(p.Table, p.Hook) + p.Offset }
+
+// inOrder calls the base chains of the tables at a hook in the order of their
+// priorities, whichever Set has them.
+func (w *walker) inOrder(h rules.Hook, tables []rules.Table) end {
+	var nat, rest []place
+	for i, s := range w.sets {
+		if !s.Has(w.family) {
+			continue
+		}
+		for j := range s.Bases {
+			switch c := &s.Bases[j]; {
+			case c.Hook != h || !slices.Contains(tables, c.Table):
+			case c.Table == rules.NAT:
+				nat = append(nat, place{i, c})
+			default:
+				rest = append(rest, place{i, c})
+			}
+		}
+	}
+	by := func(a, b place) int { return int(a.priority()) - int(b.priority()) }
+	slices.SortStableFunc(nat, by)
+	slices.SortStableFunc(rest, by)
+	point, done := rules.Priority(rules.NAT, h), len(nat) == 0
+	translate := func() end {
+		done, w.zoned, w.seen = true, true, true
+		return w.nats(nat)
+	}
+	for len(rest) > 0 {
+		p := rest[0].priority()
+		n := 1
+		for n < len(rest) && rest[n].priority() == p {
+			n++
+		}
+		if p > conntrack {
+			w.zoned, w.seen = true, true
+		}
+		if !done && p == point {
+			w.because("cannot tell: %s of nftables has the priority of nat at %s, and which comes first is not known", rest[0].name(), h)
+			return unknown
+		}
+		if !done && p > point {
+			if e := translate(); e > accepted {
+				return e
+			}
+		}
+		if e := w.group(rest[:n]); e > accepted {
+			return e
+		}
+		rest = rest[n:]
+	}
+	if !done {
+		return translate()
+	}
+	if slices.Contains(tables, rules.Mangle) { // the way led past connection tracking
+		w.zoned, w.seen = true, true
+	}
+	return accepted
+}
+
+func (p place) name() string { return cmp.Or(p.Name, string(p.Hook)) }
+
+// group calls base chains of one priority. Which of several comes first is not known:
+// what depends on it is not either.
+func (w *walker) group(all []place) end {
 	before := *w
 	e := accepted
-	for i := 0; i < len(w.sets) && e <= accepted; i++ {
-		e = w.bases(i, t, h)
+	for i := 0; i < len(all) && e <= accepted; i++ {
+		e = w.base(all[i])
 	}
-	if len(w.sets) == 1 || e == unknown {
+	if len(all) == 1 || e == unknown {
 		return e
 	}
 	other, end := before, accepted
 	other.trace = nil
-	for i := len(w.sets) - 1; i >= 0 && end <= accepted; i-- {
-		end = other.bases(i, t, h)
+	for i := len(all) - 1; i >= 0 && end <= accepted; i-- {
+		end = other.base(all[i])
 	}
 	if max(e, accepted) != max(end, accepted) || e <= accepted && (w.zone != other.zone || w.untracked != other.untracked) {
-		w.because("cannot tell: two sets of rules decide it at %s %s, and which comes first is not known", t, h)
+		w.because("cannot tell: two sets of rules decide it at %s %s, and which comes first is not known", all[0].Table, all[0].Hook)
 		return unknown
 	}
 	w.doubt |= other.doubt | (w.mark ^ other.mark)
 	return e
 }
 
-// bases calls the base chains of a table of one Set.
-func (w *walker) bases(which int, t rules.Table, h rules.Hook) end {
-	w.which, w.set = which, w.sets[which]
+// base calls one base chain.
+func (w *walker) base(p place) end {
+	w.which, w.set = p.set, w.sets[p.set]
 	if !w.set.Has(w.family) {
 		return accepted
 	}
-	for i := range w.set.Bases {
-		c := &w.set.Bases[i]
-		if c.Table != t || c.Hook != h {
-			continue
+	e := w.chain(p.Table, p.name(), p.Rules, 0)
+	if e == passed && p.Policy == "DROP" {
+		w.because("the policy of %s %s is DROP", p.Table, p.name())
+		e = dropped
+	}
+	return e
+}
+
+// nats calls chains of nat, in the order of their priorities. The first that translates
+// ends it (nf_nat_inet_fn in net/netfilter/nf_nat_core.c), and of equal priorities the
+// one that was registered last comes first: that cannot be seen.
+func (w *walker) nats(all []place) end {
+	if w.p.State == Established || w.untracked {
+		return accepted
+	}
+	for len(all) > 0 {
+		n := 1
+		for n < len(all) && all[n].priority() == all[0].priority() {
+			n++
 		}
-		e := w.chain(t, string(h), c.Rules, 0)
-		if e == passed && c.Policy == "DROP" {
-			w.because("the policy of %s %s is DROP", t, h)
-			e = dropped
-		}
-		if e > accepted {
+		redirected := w.redirected
+		if e := w.equalNATs(all[:n]); e > accepted || w.redirected != redirected {
 			return e
 		}
+		all = all[n:]
 	}
 	return accepted
 }
 
-// nats calls the nat chains of several Sets. The first that translates ends it
-// (nf_nat_inet_fn in net/netfilter/nf_nat_core.c), and of equal priorities the
-// one that was registered last comes first: that cannot be seen.
-func (w *walker) nats(h rules.Hook) end {
+// equalNATs calls chains of nat of one priority.
+func (w *walker) equalNATs(all []place) end {
+	if len(all) == 1 {
+		return w.base(all[0])
+	}
 	before, after, won := *w, *w, accepted
 	translated := false
-	marked := make([]uint32, len(w.sets)) // the bits that each may change
-	for i := range w.sets {
+	marked := make([]uint32, len(all)) // the bits that each may change
+	for i, p := range all {
 		alone := before
 		alone.trace = nil
-		alone.bases(i, rules.NAT, h)
+		alone.base(p)
 		marked[i] = alone.doubt | (alone.mark ^ before.mark)
 	}
-	for i := range w.sets {
+	for i, p := range all {
 		*w = before
 		for j, bits := range marked {
 			if j != i {
 				w.doubt |= bits
 			}
 		}
-		e := w.bases(i, rules.NAT, h)
+		e := w.base(p)
 		if e > elsewhere {
 			return e
 		}
@@ -295,7 +386,7 @@ func (w *walker) nats(h rules.Hook) end {
 			continue
 		}
 		if translated {
-			w.because("cannot tell: two sets of rules translate it at nat %s, and which comes first is not known", h)
+			w.because("cannot tell: two sets of rules translate it at nat %s, and which comes first is not known", w.hook)
 			return unknown
 		}
 		doubt := after.doubt
@@ -314,7 +405,11 @@ func (w *walker) because(format string, args ...any) {
 }
 
 func (w *walker) step(t rules.Table, chain string, i int, r *rules.Rule, matched bool, because string) {
-	w.trace.Steps = append(w.trace.Steps, Step{t, chain, i + 1, *r, matched, because, w.which, w.hook})
+	at := i + 1
+	if r.At > 0 && r.Via == "" {
+		at = r.At
+	}
+	w.trace.Steps = append(w.trace.Steps, Step{t, chain, at, *r, matched, because, w.which, w.hook})
 }
 
 // chain calls a chain. depth is how many jumps and gotos led to it: more of

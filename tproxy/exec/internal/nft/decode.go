@@ -73,7 +73,7 @@ func (d *decoder) table(body []byte) {
 		case tableFlags:
 			switch n, ok := be32(v); {
 			case ok && n == 1: // NFT_TABLE_F_DORMANT
-				d.strange("the table is dormant")
+				d.strange(rules.NativeDormant)
 			case !ok || n != 0:
 				d.strange("flags %#x of the table", n)
 			}
