@@ -124,8 +124,8 @@ func said(name string, args ...string) string {
 		return err.Error()
 	}
 	for word := range strings.FieldsSeq(string(out)) {
-		if strings.HasPrefix(word, "v") {
-			return strings.TrimPrefix(word, "v")
+		if number, is := strings.CutPrefix(word, "v"); is {
+			return number
 		}
 	}
 	return strings.TrimSpace(string(out))
@@ -198,11 +198,12 @@ func installPage(p *crowd.Page, sizes []int, rounds, slow int) error {
 // printInstalls prints the tables of one number of ports.
 func printInstalls(p *crowd.Page, n int, all []contestant, took map[string]*times, processes map[string][ops]int) {
 	row := func(first string, cells [ops]string) {
-		line := fmt.Sprintf("%-44s", first)
+		var line strings.Builder
+		fmt.Fprintf(&line, "%-44s", first)
 		for _, c := range cells {
-			line += fmt.Sprintf(" %14s", c)
+			fmt.Fprintf(&line, " %14s", c)
 		}
-		p.Linef("%s", line)
+		p.Linef("%s", line.String())
 	}
 	p.Linef("N=%d ports excluded in each direction", n)
 	row("Times ours, median of the rounds", opNames)

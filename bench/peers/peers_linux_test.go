@@ -35,7 +35,7 @@ func lab(t *testing.T) {
 
 // Connections, in and out and of both families, go to the proxy after an install, but
 // for those that are excluded, and none does after an uninstall.
-func TestInstallersRedirect(t *testing.T) {
+func TestPeersRedirect(t *testing.T) {
 	lab(t)
 	for _, i := range installers() {
 		t.Run(i.name, func(t *testing.T) {
@@ -83,7 +83,7 @@ func TestInstallersRedirect(t *testing.T) {
 
 // A child measures, counts what was started and sees the rules; ours starts no more
 // than its report says.
-func TestChildMeasures(t *testing.T) {
+func TestPeersChildMeasures(t *testing.T) {
 	lab(t)
 	for _, i := range installers() {
 		t.Run(i.name, func(t *testing.T) {
@@ -105,7 +105,7 @@ func TestChildMeasures(t *testing.T) {
 
 // What looks whether the rules are there sees that they are not, and the other way
 // round, in either family alone.
-func TestCheck(t *testing.T) {
+func TestPeersCheck(t *testing.T) {
 	lab(t)
 	for _, i := range installers() {
 		t.Run(i.name, func(t *testing.T) {
@@ -141,7 +141,7 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-func TestRedirects(t *testing.T) {
+func TestPeersRedirectLines(t *testing.T) {
 	for line, want := range map[string]bool{
 		"-A X -p tcp -m comment --comment \"all else\" -j REDIRECT --to-ports 15006":     true,
 		"\t\tmeta l4proto tcp counter packets 0 bytes 0 redirect to :15006 comment \"\"": true,
@@ -160,7 +160,7 @@ func TestRedirects(t *testing.T) {
 
 // The table of google/nftables is there, whole, with sets of more ports than one
 // message holds.
-func TestNetlinkTable(t *testing.T) {
+func TestPeersNetlinkTable(t *testing.T) {
 	lab(t)
 	for _, c := range []struct{ ports, rules int }{{0, 11}, {1, 13}, {20, 13}, {2*message + 1, 13}} {
 		err := elsewhere(func() error {
@@ -203,7 +203,7 @@ func TestNetlinkTable(t *testing.T) {
 	}
 }
 
-func TestWatchCountsPrograms(t *testing.T) {
+func TestPeersWatchCounts(t *testing.T) {
 	lab(t)
 	w, err := watchPrograms()
 	if err != nil {
@@ -224,7 +224,7 @@ func TestWatchCountsPrograms(t *testing.T) {
 	}
 }
 
-func TestExcluded(t *testing.T) {
+func TestPeersExcludedPorts(t *testing.T) {
 	first, err := excluded(3, opInstall)
 	if err != nil || first.in.String() != "30001,30003,30005" || first.out.String() != "30000,30002,30004" {
 		t.Errorf("%s, %s, %v", first.in, first.out, err)
