@@ -9,7 +9,7 @@
 //	mutate   every rule and match of many plans changed in turn (make test-all)
 //	differential  random configs, random real flows (make test-all)
 //	stress   every fault and kill, long beside other writers (make test-all)
-//	runtime  firewalld and container runtimes (make test-all)
+//	runtime  firewalld, container runtimes, other meshes' installers (make test-all)
 //	systemd  systemd as the first process (make test-all)
 //
 // A test is told by the file that it stands in: see suiteOf. The exit code is 1
@@ -78,12 +78,14 @@ func run(names []string, verbose bool, args []string) (ok bool, err error) {
 		return false, err
 	}
 	if slices.Contains(names, "runtime") {
-		// In no workspace, so that nobody else has its gRPC to fetch.
-		cmd := osexec.Command("go", slices.Concat(flags, args, []string{"./..."})...)
-		cmd.Dir, cmd.Env = "cni/internal/critest", append(os.Environ(), "GOWORK=off")
-		there, err := goTest(cmd, tests, suites, verbose)
-		if ok = ok && there; err != nil {
-			return false, err
+		// Not in the workspace, so that nobody else has their gRPC and Istio to fetch.
+		for _, m := range []struct{ dir, work string }{{"cni/internal/critest", "off"}, {"bench/peers", ""}} {
+			cmd := osexec.Command("go", slices.Concat(flags, args, []string{"./..."})...)
+			cmd.Dir, cmd.Env = m.dir, append(os.Environ(), "GOWORK="+m.work)
+			there, err := goTest(cmd, tests, suites, verbose)
+			if ok = ok && there; err != nil {
+				return false, err
+			}
 		}
 	}
 	fmt.Printf("\nin %s\n", time.Since(start).Round(time.Second))
@@ -193,7 +195,7 @@ func suiteOf(file, name, text string) string {
 		return "stress"
 	case has("systemd"):
 		return "systemd"
-	case has("firewalld", "runtime", "podman", "containerd"):
+	case has("firewalld", "runtime", "podman", "containerd"), strings.HasPrefix(file, "bench/peers/"):
 		return "runtime"
 	case strings.HasPrefix(file, "cli/"):
 		return "cli"

@@ -12,6 +12,7 @@ func TestSuiteOf(t *testing.T) {
 		{"cli/kernel_linux_test.go", "TestKernel", "", "cli"},
 		{"cni/kernel_linux_test.go", "TestPod", "", "cni"},
 		{"cni/internal/critest/containerd_linux_test.go", "TestContainerdPods", "", "runtime"},
+		{"bench/peers/peers_linux_test.go", "TestPeersRedirect", `import "` + module + `/internal/netlab"`, "runtime"},
 		{"tproxy/exec/runtime_linux_test.go", "TestPodman", "", "runtime"},
 		{"tproxy/exec/kernel_linux_test.go", "TestFirewalldReload", "", "runtime"},
 		{"tproxy/exec/systemd_linux_test.go", "TestBoot", "", "systemd"},
