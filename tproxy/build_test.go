@@ -264,6 +264,9 @@ func TestBackendChoice(t *testing.T) {
 	both := tproxy.Programs{Save: "/sbin/save", Restore: "/sbin/restore"}
 	nft := tproxy.Variant{Backend: tproxy.IPTablesNFT, IPv4: both, IPv6: both}
 	legacy := tproxy.Variant{Backend: tproxy.IPTablesLegacy, IPv4: both, IPv6: both}
+	table := tproxy.Variant{Backend: tproxy.NFTables}
+	own := "nftables: it takes a table of our own and one transaction, and no program"
+	firewalld := tproxy.Config{Persist: tproxy.PersistFirewalld}
 	with := func(v tproxy.Variant, change func(*tproxy.Variant)) tproxy.Variant { change(&v); return v }
 	ours := func(f ...rules.Family) func(*tproxy.Variant) {
 		return func(v *tproxy.Variant) { v.Ours = f; v.Rules = true }
@@ -308,10 +311,24 @@ func TestBackendChoice(t *testing.T) {
 		{"ours in the other", tproxy.Config{Backend: tproxy.IPTablesNFT}, []tproxy.Variant{nft, with(legacy, ours(4, 6))}, "iptables-nft: asked for", 2},
 		{"ours in the other, which is gone", tproxy.Config{Backend: tproxy.IPTablesNFT}, []tproxy.Variant{nft, with(with(legacy, ours(4)), none)}, "iptables-legacy-restore is not installed", 0},
 		{"ours in the other, IPv6 of which is gone", tproxy.Config{Backend: tproxy.IPTablesNFT}, []tproxy.Variant{nft, with(with(legacy, ours(4, 6)), no6)}, "ip6tables-legacy-restore is not installed", 0},
+		{"a table", tproxy.Config{}, []tproxy.Variant{table, with(nft, usual), with(legacy, used)}, own, 0},
+		{"a table alone", tproxy.Config{}, []tproxy.Variant{table}, own, 0},
+		{"a table, Docker's", tproxy.Config{DNS: some}, []tproxy.Variant{table, nft, with(legacy, used)}, own, 0},
+		{"ours in a table", tproxy.Config{}, []tproxy.Variant{with(table, ours(4, 6)), with(nft, usual)}, "nftables: our rules are there already", 0},
+		{"ours in a table and elsewhere", tproxy.Config{}, []tproxy.Variant{with(table, ours(4, 6)), with(nft, ours(4, 6))}, "nftables: our rules are there already", 2},
+		{"ours in iptables, where a table can be", tproxy.Config{}, []tproxy.Variant{table, with(nft, ours(4, 6)), legacy}, "iptables-nft: our rules are there already", 0},
+		{"ours in iptables, whose programs are gone", tproxy.Config{}, []tproxy.Variant{table, with(with(nft, none), ours(4, 6))}, "iptables-nft-restore is not installed", 0},
+		{"a table, asked", tproxy.Config{Backend: tproxy.NFTables}, []tproxy.Variant{table, with(nft, ours(4, 6))}, "nftables: asked for", 2},
+		{"a table, asked, not here", tproxy.Config{Backend: tproxy.NFTables}, []tproxy.Variant{nft, legacy}, "nftables (asked for) cannot be used: the kernel is too old", 0},
+		{"iptables, ours in a table", tproxy.Config{Backend: tproxy.IPTablesNFT}, []tproxy.Variant{with(table, ours(4, 6)), nft}, "iptables-nft: asked for", 1},
+		{"firewalld", firewalld, []tproxy.Variant{table, with(nft, usual), legacy}, "iptables-nft: firewalld loads its direct rules with what iptables means on this host", 0},
+		{"firewalld, ours in a table", firewalld, []tproxy.Variant{with(table, ours(4, 6)), nft, with(legacy, usual)}, "iptables-legacy: firewalld loads its direct rules with what iptables means on this host", 1},
+		{"firewalld, and no iptables", firewalld, []tproxy.Variant{table}, "iptables-nft (firewalld loads its direct rules with what iptables means on this host) cannot be used", 0},
+		{"firewalld, a table asked", tproxy.Config{Persist: tproxy.PersistFirewalld, Backend: tproxy.NFTables}, []tproxy.Variant{table, nft}, "it has no place for a table of nftables", 0},
 		{"ours in IPv6, which is left out now", tproxy.Config{IPFamilyMode: tproxy.IPv4Only}, []tproxy.Variant{with(nft, ours(4, 6))}, "iptables-nft: the only one with all its programs here", 1},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			p, err := tproxy.Build(test.cfg, tproxy.Host{Variants: test.variants, Nameservers: []netip.Addr{docker.Address}, LocalResolvers: []tproxy.LocalResolver{docker}})
+			p, err := tproxy.Build(test.cfg, tproxy.Host{Variants: test.variants, NoNFTables: "the kernel is too old", Nameservers: []netip.Addr{docker.Address}, LocalResolvers: []tproxy.LocalResolver{docker}})
 			if err != nil {
 				if !errors.As(err, new(*tproxy.RefusedError)) || !strings.Contains(err.Error(), test.want) {
 					t.Errorf("%v; want %s", err, test.want)
@@ -319,7 +336,7 @@ func TestBackendChoice(t *testing.T) {
 				return
 			}
 			said := slices.ContainsFunc(p.Notes, func(n string) bool { return strings.Contains(n, "whether queries reach the proxy is tried") })
-			if said != (test.cfg.DNS.On() && p.Backend != tproxy.IPTablesLegacy) {
+			if said != (test.cfg.DNS.On() && p.Backend == tproxy.IPTablesNFT) {
 				t.Errorf("notes %q", p.Notes)
 			}
 			removes := 0

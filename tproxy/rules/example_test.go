@@ -44,6 +44,42 @@ func ExampleSet_IPTables() {
 	// COMMIT
 }
 
+// The same rule in nftables: one for both families, and the ports are a set.
+func ExampleSet_NFTables() {
+	set := rules.Set{
+		Bases: []rules.BaseChain{{
+			Table: rules.NAT, Hook: rules.Prerouting,
+			Rules: []rules.Rule{{Matches: []rules.Match{rules.TCP, rules.SYN{}}, Action: rules.Jump{Chain: "MINE"}}},
+		}},
+		Chains: []rules.Chain{{
+			Table: rules.NAT, Name: "MINE",
+			Rules: []rules.Rule{{
+				Matches: []rules.Match{rules.TCP, rules.DestinationPorts{Ports: rules.MustPorts("22,80-90")}},
+				Action:  rules.Return{},
+				Why:     "left alone",
+			}},
+		}},
+	}
+	os.Stdout.Write(set.NFTables("mine"))
+	// Output:
+	// table inet mine {
+	// 	set ports-d4a360a7264b6bc7 {
+	// 		type inet_service
+	// 		flags interval
+	// 		elements = { 22, 80-90 }
+	// 	}
+	//
+	// 	chain nat.PREROUTING {
+	// 		type nat hook prerouting priority -99; policy accept;
+	// 		meta l4proto tcp tcp flags & (fin | syn | rst | ack) == syn counter jump nat.MINE
+	// 	}
+	//
+	// 	chain nat.MINE {
+	// 		meta l4proto tcp tcp dport @ports-d4a360a7264b6bc7 counter return comment "left alone"
+	// 	}
+	// }
+}
+
 // What iptables-save printed, and what is wanted, are compared as data; the script
 // leads from one to the other in one transaction.
 func ExampleTransition() {
