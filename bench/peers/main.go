@@ -21,6 +21,7 @@ import (
 	"os"
 	osexec "os/exec"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -90,6 +91,11 @@ func run(args []string) error {
 		return err
 	}
 	p.Linef("Programs: iptables %s, nft %s", said("iptables-nft", "--version"), said("nft", "--version"))
+	load, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		return err
+	}
+	p.Linef("CPUs: %d; others' load on the machine when this began (/proc/loadavg): %s", runtime.NumCPU(), strings.Join(strings.Fields(string(load))[:3], " "))
 	p.Linef("Peers: istio.io/istio %s\n", version("istio.io/istio"))
 	do := map[string]func() error{
 		partInstall:   func() error { return installPage(p, sizes, *rounds, *slow) },
@@ -153,13 +159,14 @@ func contestants() (all []contestant) {
 }
 
 // times are those of one contestant with so many ports, by step.
-type times [ops][]time.Duration
+type times struct{ wall, cpu [ops][]time.Duration }
 
 // slowFrom is how many ports make a slow installer slow.
 const slowFrom = 500
 
 // installPage measures and prints what installs take.
 func installPage(p *crowd.Page, sizes []int, rounds, slow int) error {
+	p.Linef("Rounds: %d, interleaved. Ours again to ours is the noise; CPU time is of the process and all programs that it starts.\n", rounds)
 	for _, n := range sizes {
 		all := contestants()
 		took, processes := map[string]*times{}, map[string][ops]int{}
@@ -184,7 +191,8 @@ func installPage(p *crowd.Page, sizes []int, rounds, slow int) error {
 				}
 				processes[c.name] = s.Processes
 				for op := range ops {
-					took[c.label][op] = append(took[c.label][op], s.Times[op])
+					t := took[c.label]
+					t.wall[op], t.cpu[op] = append(t.wall[op], s.Times[op]), append(t.cpu[op], s.CPU[op])
 				}
 			}
 			fmt.Fprintf(os.Stderr, "N=%d: round %d of %d\r", n, round+1, rounds)
@@ -205,23 +213,44 @@ func printInstalls(p *crowd.Page, n int, all []contestant, took map[string]*time
 		}
 		p.Linef("%s", line.String())
 	}
-	p.Linef("N=%d ports excluded in each direction", n)
-	row("Times ours, median of the rounds", opNames)
-	for _, c := range all {
-		against := c.against
-		if c.label == c.name+again {
-			against = c.name // the noise
+	wall := func(t *times) [ops][]time.Duration { return t.wall }
+	onCPU := func(t *times) [ops][]time.Duration { return t.cpu }
+	ratios := func(of func(*times) [ops][]time.Duration) {
+		for _, c := range all {
+			against := c.against
+			if c.label == c.name+again {
+				against = c.name // the noise
+			}
+			if against == "" {
+				continue
+			}
+			own, others := of(took[c.label]), of(took[against])
+			var cells [ops]string
+			for op := range cells {
+				cells[op] = fmt.Sprintf("%.2f", crowd.Median(crowd.Ratios(own[op], others[op][:len(own[op])])))
+			}
+			row(c.label+" / ours", cells)
 		}
-		if against == "" {
-			continue
-		}
-		var cells [ops]string
-		for op := range cells {
-			own := took[c.label][op]
-			cells[op] = fmt.Sprintf("%.2f", crowd.Median(crowd.Ratios(own, took[against][op][:len(own)])))
-		}
-		row(c.label+" / ours", cells)
 	}
+	medians := func(of func(*times) [ops][]time.Duration) {
+		for _, c := range all {
+			own := of(took[c.label])
+			var cells [ops]string
+			for op := range cells {
+				cells[op] = fmt.Sprintf("%.1f", ms(crowd.Median(own[op])))
+			}
+			label := c.label
+			if rounds := len(own[0]); rounds < len(took[all[0].label].wall[0]) {
+				label += fmt.Sprintf(" (rounds: %d)", rounds)
+			}
+			row(label, cells)
+		}
+	}
+	p.Linef("N=%d ports excluded in each direction", n)
+	row("Wall time to ours, median of the rounds", opNames)
+	ratios(wall)
+	row("CPU time to ours, median of the rounds", opNames)
+	ratios(onCPU)
 	row("Programs started", opNames)
 	for _, c := range all {
 		if counted, is := processes[c.label]; is { // not ours again
@@ -232,18 +261,10 @@ func printInstalls(p *crowd.Page, n int, all []contestant, took map[string]*time
 			row(c.label, cells)
 		}
 	}
-	row("Medians, ms", opNames)
-	for _, c := range all {
-		var cells [ops]string
-		for op := range cells {
-			cells[op] = fmt.Sprintf("%.1f", ms(crowd.Median(took[c.label][op])))
-		}
-		label := c.label
-		if rounds := len(took[c.label][0]); rounds < len(took[all[0].label][0]) {
-			label += fmt.Sprintf(" (rounds: %d)", rounds)
-		}
-		row(label, cells)
-	}
+	row("Wall time, medians, ms", opNames)
+	medians(wall)
+	row("CPU time, medians, ms", opNames)
+	medians(onCPU)
 	p.Linef("")
 }
 

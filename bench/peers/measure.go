@@ -41,7 +41,8 @@ type cell struct {
 
 // sample is what one child measured.
 type sample struct {
-	Times     [ops]time.Duration
+	Times     [ops]time.Duration // on the wall
+	CPU       [ops]time.Duration // of the process and of the programs it started
 	Processes [ops]int
 }
 
@@ -117,12 +118,21 @@ func (i installer) timed(op, n int, s *sample) error {
 		return err
 	}
 	defer w.Close()
+	before, err := cpu()
+	if err != nil {
+		return err
+	}
 	start := time.Now()
 	said, err := i.step(op, n)
 	if err != nil {
 		return err
 	}
 	s.Times[op] = time.Since(start)
+	after, err := cpu()
+	if err != nil {
+		return err
+	}
+	s.CPU[op] = after - before
 	names, err := w.started()
 	if err != nil {
 		return err
@@ -131,6 +141,19 @@ func (i installer) timed(op, n int, s *sample) error {
 		return fmt.Errorf("its report says that %d programs were started: %q", said, names)
 	}
 	return i.check(op != opUninstall)
+}
+
+// cpu is the time that this process, and those of its children that have ended, were
+// on a CPU: other load on the machine disturbs it less than the wall's.
+func cpu() (sum time.Duration, err error) {
+	for _, who := range []int{syscall.RUSAGE_SELF, syscall.RUSAGE_CHILDREN} {
+		var u syscall.Rusage
+		if err := syscall.Getrusage(who, &u); err != nil {
+			return 0, fmt.Errorf("getrusage: %w", err)
+		}
+		sum += time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	return sum, nil
 }
 
 // step does one of the sequence.
