@@ -487,7 +487,7 @@ func (t *transaction) did(step, what string, back func(context.Context) (bool, e
 // replace turns what is ours in one family of one backend into want.
 func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error {
 	now := j.before
-	fr := FamilyReport{Family: j.family, Backend: j.variant.Backend, Changes: j.compare(now.Ours, want)}
+	fr := FamilyReport{Family: j.family, Backend: j.variant.Backend, Changes: j.compare(now, want)}
 	done := func() error {
 		t.report.Changed = true
 		t.report.Steps = append(t.report.Steps, j.step)
@@ -511,7 +511,7 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 			return err
 		}
 		if t.lookOnly {
-			return &ApplyError{Step: j.step, Family: j.family, Err: fmt.Errorf("they are not so: %s", c.first(j.compare(now.Ours, want)))}
+			return &ApplyError{Step: j.step, Family: j.family, Err: fmt.Errorf("they are not so: %s", c.first(j.compare(now, want)))}
 		}
 		fr.Script = c.script
 		if t.dryRun {
