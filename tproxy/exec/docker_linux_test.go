@@ -374,7 +374,7 @@ func TestDockersRulesElsewhere(t *testing.T) {
 						return
 					}
 					h := w.observe(c)
-					if plan, err = tproxy.Build(c, h); err != nil || plan.Backend != theirs {
+					if plan, err = tproxy.Build(c, h); err != nil || plan.Backend != tproxy.NFTables { // which comes before either variant
 						w.Fatalf("unasked: %s, %v", plan.Backend, err)
 					}
 					seen := p.Queries.Count()

@@ -509,12 +509,28 @@ func (r *ruleReader) match() bool {
 	}
 	m := rules.NativeMatch{Key: key}
 	n := r.compared(&m, length)
-	if n == 0 {
+	if n == 0 || !r.inFamily(key) {
 		return false
 	}
 	r.rule.Matches = append(r.rule.Matches, m)
 	r.list = r.list[1+n:]
 	return true
+}
+
+// inFamily reports whether bytes of the header of IP are what the key says: that is so
+// of one family, which a match in front has to name. Byte 8 begins an address of IPv6,
+// and is the TTL of IPv4.
+func (r *ruleReader) inFamily(k rules.NativeKey) bool {
+	if !address(k) {
+		return true
+	}
+	number := byte(2) // NFPROTO_IPV4
+	if k == rules.KeySource6 || k == rules.KeyDestination6 {
+		number = 10
+	}
+	return slices.ContainsFunc(r.rule.Matches, func(m rules.NativeMatch) bool {
+		return m.Key == rules.KeyFamily && !m.Not && bytes.Equal(m.First, []byte{number})
+	})
 }
 
 // loaded is the key that the expression puts into register 1, and how many bytes of it.
