@@ -231,7 +231,8 @@ type ground struct {
 	what   string // names the rules
 	names  []string
 	sets   []rules.Set
-	proxy  rules.UIDs // the proxy's users, if known
+	tables []*rules.Native // of sets, where they are of nftables, else nil
+	proxy  rules.UIDs      // the proxy's users, if known
 	local  []netip.Prefix
 	hidden []exec.Hidden
 	routes map[netip.Addr]exec.Route
@@ -248,7 +249,7 @@ func hosts(list []netip.Addr) (out []netip.Prefix) {
 
 // savedGround reads the file of --rules.
 func (p *parser) savedGround(q question) ground {
-	g := ground{what: "the rules in " + q.file, names: []string{q.file}, local: hosts(q.local), known: q.local != nil}
+	g := ground{what: "the rules in " + q.file, local: hosts(q.local), known: q.local != nil}
 	text, err := os.ReadFile(q.file)
 	if err != nil {
 		p.fault(fmt.Sprintf("--rules: %v", err))
@@ -261,13 +262,22 @@ func (p *parser) savedGround(q question) ground {
 	if err != nil {
 		p.fault(fmt.Sprintf("--rules: %q, read as %s rules: %v", q.file, q.family(), err))
 	}
-	g.sets = []rules.Set{set}
+	g.add(set, nil, q.file)
 	return g
+}
+
+// add puts rules to the others; table is what they are made of, if that is one of
+// nftables.
+func (g *ground) add(set rules.Set, table *rules.Native, name string) {
+	g.sets, g.tables, g.names = append(g.sets, set), append(g.tables, table), append(g.names, name)
+	if table != nil && slices.Contains(table.Strange, rules.NativeDormant) {
+		g.note("the table inet %s is dormant: no packet meets it", table.Table)
+	}
 }
 
 // plannedGround makes the rules of an install.
 func (p *parser) plannedGround(cmd *cobra.Command, r request, runner Runner, q question) (ground, error) {
-	g := ground{what: "the rules that an install with these flags makes; they are not installed", names: []string{"install"}, known: q.local != nil}
+	g := ground{what: "the rules that an install with these flags makes; they are not installed", known: q.local != nil}
 	r.DryRun = true
 	host, err := runner.Probe(cmd.Context(), r.config.Needs())
 	if host.Notes = nil; err != nil { // the notes are for an install
@@ -277,7 +287,7 @@ func (p *parser) plannedGround(cmd *cobra.Command, r request, runner Runner, q q
 		return g, explain(cmd, err)
 	}
 	// Where the rules go, and who would be locked out, is not asked.
-	host.RemoteShells, host.Variants = nil, nil
+	host.RemoteShells, host.Variants, host.NoNFTables = nil, nil, ""
 	plan, err := tproxy.Build(r.config, host)
 	if err != nil {
 		if p.configError(err) {
@@ -286,8 +296,16 @@ func (p *parser) plannedGround(cmd *cobra.Command, r request, runner Runner, q q
 		return g, err
 	}
 	g.notes, g.proxy = plan.Notes, plan.ProxyUIDs
-	if r.modifyIPTables {
-		g.sets = []rules.Set{plan.Rules.Lower(q.family())}
+	switch {
+	case !r.modifyIPTables:
+	case plan.Backend == tproxy.NFTables:
+		n, err := plan.Rules.Native(tproxy.NFTable)
+		if err != nil {
+			return g, err
+		}
+		g.add(n.For(q.family()), &n, "install")
+	default:
+		g.add(plan.Rules.Lower(q.family()), nil, "install")
 	}
 	if g.local = hosts(q.local); q.local == nil {
 		g.local = interfaceAddresses()
@@ -328,7 +346,7 @@ func liveGround(cmd *cobra.Command, runner Runner, q question) (ground, error) {
 	}
 	for _, l := range live.Rules {
 		if l.Family == q.family() {
-			g.sets, g.names = append(g.sets, l.Set), append(g.names, l.Backend.String())
+			g.add(l.Set, l.Table, l.Backend.String())
 		}
 	}
 	if len(g.names) > 0 {

@@ -94,7 +94,7 @@ type answer struct {
 
 // rung is a rule that the packet met.
 type rung struct {
-	Table   string `json:"table"`
+	Table   string `json:"table"` // of nftables "inet kuma-tproxy", and chain and rule as nft list has them
 	Chain   string `json:"chain"`
 	Index   int    `json:"index"` // in its chain, from 1
 	Rule    string `json:"rule"`
@@ -108,12 +108,15 @@ type rung struct {
 func (g *ground) answer(k sim.Packet) answer {
 	t := sim.WalkAll(g.sets, g.env(), k)
 	a := answer{Packet: k, Rules: g.what, Notes: distinct(g.notes), Trace: []rung{}}
-	a.Verdict, a.Port, a.Reason = judge(t)
+	a.Verdict, a.Port, a.Reason = g.judge(t)
 	for _, s := range t.Steps {
 		rule := s.Rule
 		rule.Why = ""
 		l := rung{string(s.Table), s.Chain, s.Index, rule.String(), s.Rule.Why, s.Matched, s.Because, ""}
-		if len(g.sets) > 1 {
+		switch n := g.tables[s.Set]; {
+		case n != nil:
+			l.Table, l.Chain, l.Rule = "inet "+n.Table, nftChain(s.Table, s.Chain, n), nftRule(s, n)
+		case len(g.sets) > 1:
 			l.Backend = g.names[s.Set]
 		}
 		a.Trace = append(a.Trace, l)
@@ -125,12 +128,46 @@ func (g *ground) answer(k sim.Packet) answer {
 	return a
 }
 
+// nftChain is what nftables calls a chain.
+func nftChain(t rules.Table, chain string, n *rules.Native) string {
+	if slices.ContainsFunc(n.Chains, func(c rules.NativeChain) bool { return c.Name == chain }) {
+		return chain
+	}
+	return string(t) + "." + chain
+}
+
+// nftRule is the rule of a step as nft list has it, without counter and comment.
+func nftRule(s sim.Step, n *rules.Native) string {
+	i := slices.IndexFunc(n.Chains, func(c rules.NativeChain) bool { return c.Name == nftChain(s.Table, s.Chain, n) })
+	if i < 0 || s.Index > len(n.Chains[i].Rules) || s.Rule.At != s.Index {
+		return s.Rule.String()
+	}
+	r := n.Chains[i].Rules[s.Index-1]
+	r.Counted, r.Comment = false, ""
+	return r.String()
+}
+
+// route is the way to a step.
+func (g *ground) route(t sim.Trace, s sim.Step) string {
+	text := t.Route(s)
+	n := g.tables[s.Set]
+	if n == nil {
+		return text
+	}
+	chains := strings.Split(strings.TrimPrefix(text, string(s.Table)+" "), " -> ")
+	for i, c := range chains {
+		name, at, _ := strings.Cut(c, " #")
+		chains[i] = nftChain(s.Table, name, n) + " #" + at
+	}
+	return strings.Join(chains, " -> ")
+}
+
 // judge puts a verdict in the words of the mesh.
-func judge(t sim.Trace) (verdict string, port uint16, reason string) {
+func (g *ground) judge(t sim.Trace) (verdict string, port uint16, reason string) {
 	step, decided := t.Deciding()
 	reason = t.Reason
 	if decided && t.Kind != sim.Unknown && !t.Elsewhere {
-		reason += " (" + t.Route(step) + ")"
+		reason += " (" + g.route(t, step) + ")"
 	}
 	if t.Kind != sim.Redirected {
 		return t.Kind.String(), 0, reason
@@ -138,7 +175,7 @@ func judge(t sim.Trace) (verdict string, port uint16, reason string) {
 	if name, ours := proxyChains[step.Chain]; ours {
 		return name, t.Port, reason
 	}
-	return "untouched", 0, fmt.Sprintf("%s answers first: %s redirects the connection to port %d, and is no rule of ours", step.Chain, t.Route(step), t.Port)
+	return "untouched", 0, fmt.Sprintf("%s answers first: %s redirects the connection to port %d, and is no rule of ours", step.Chain, g.route(t, step), t.Port)
 }
 
 // hide makes the verdict unknown where the packet meets what was not seen.

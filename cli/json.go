@@ -32,10 +32,11 @@ type stepJSON struct {
 	Undo string `json:"undo"`
 }
 
-// scriptsJSON is a script for each family that has rules.
+// scriptsJSON is a script for each family that has rules, or one for nft -f, for both.
 type scriptsJSON struct {
-	IPv4 string `json:"ipv4,omitempty"`
-	IPv6 string `json:"ipv6,omitempty"`
+	IPv4     string `json:"ipv4,omitempty"`
+	IPv6     string `json:"ipv6,omitempty"`
+	NFTables string `json:"nftables,omitempty"`
 }
 
 func (s *scriptsJSON) add(f rules.Family, script []byte) {
@@ -109,6 +110,11 @@ func planJSON(plan *tproxy.Plan, before *exec.Installation) dryRunJSON {
 	for _, s := range plan.Steps {
 		out.Steps = append(out.Steps, stepJSON{s.String(), s.Undo()})
 	}
+	if n := tableOf(plan); n != nil {
+		out.Families = append(out.Families, familyJSON{Family: rules.Family(0).String(), Backend: plan.Backend.String(), Rules: n.Count()})
+		out.Scripts.NFTables = string(n.Text())
+		return out
+	}
 	for _, f := range plan.Families {
 		out.Families = append(out.Families, familyJSON{Family: f.String(), Backend: plan.Backend.String(), Rules: countRules(plan.Rules, f)})
 		out.Scripts.add(f, plan.Rules.IPTables(f))
@@ -133,7 +139,7 @@ func (r request) installJSON(plan *tproxy.Plan, report *exec.Report) installJSON
 	}
 	for i, f := range report.Families {
 		if f.Backend == report.Backend {
-			out.Families[i].Rules = countRules(plan.Rules, f.Family)
+			out.Families[i].Rules = countFor(plan, f)
 		}
 	}
 	return out

@@ -51,8 +51,8 @@ func (p *page) commented(text []byte) {
 	}
 }
 
-func (p *page) script(f rules.Family, script []byte) {
-	p.linef("### %s ###", f)
+func (p *page) script(of string, script []byte) {
+	p.linef("### %s ###", of)
 	p.Write(script)
 }
 
@@ -77,7 +77,7 @@ func (r request) nothing(cmd *cobra.Command) error {
 
 // printPlan prints what an install would do to what is there, with the scripts ready for
 // iptables-restore --noflush: from "### IPv4 ###", or "### IPv6 ###", up to the
-// next such line or the end.
+// next such line or the end; or with one for nft -f, from "### nftables ###" on.
 func (r request) printPlan(w io.Writer, plan *tproxy.Plan, before *exec.Installation, found *exec.Preflight) error {
 	if r.format != asText {
 		out := planJSON(plan, before)
@@ -94,11 +94,17 @@ func (r request) printPlan(w io.Writer, plan *tproxy.Plan, before *exec.Installa
 	head.decisions(plan)
 	head.notes(plan.Notes)
 	head.preflight(found)
+	if n := tableOf(plan); n != nil {
+		head.linef("the script is that of a fresh install, for nft -f; the record of the install comes with it")
+		p.commented(head.Bytes())
+		p.script("nftables", n.Text())
+		return write(w, p.Bytes())
+	}
 	head.linef("the scripts are those of a fresh install, for iptables-restore --noflush")
 	p.commented(head.Bytes())
 	for _, f := range plan.Families {
 		if script := plan.Rules.IPTables(f); len(script) > 0 {
-			p.script(f, script)
+			p.script(f.String(), script)
 		}
 	}
 	return write(w, p.Bytes())
@@ -136,14 +142,51 @@ func unsaid(cmd *cobra.Command, err error) {
 }
 
 func (p *page) family(plan *tproxy.Plan, report *exec.Report, f exec.FamilyReport) {
-	switch {
-	case f.Backend != report.Backend, !slices.Contains(plan.Families, f.Family):
-		p.linef("%s: former rules of ours taken out of %s: %s", f.Family, f.Backend, counted(f.Changes))
-	case len(f.Changes) == 0:
-		p.linef("%s: nothing to do: already installed, %d rules by %s (%s)", f.Family, countRules(plan.Rules, f.Family), f.Backend, report.Why)
-	default:
-		p.linef("%s: %d rules by %s (%s)", f.Family, countRules(plan.Rules, f.Family), f.Backend, report.Why)
+	by := f.Backend.String()
+	if f.Backend == tproxy.NFTables {
+		by = "nftables, in the table inet " + tproxy.NFTable
 	}
+	families := plan.Families
+	who := f.Family.String()
+	if f.Family == 0 && len(families) == 1 { // the table is of one alone
+		who = families[0].String()
+	}
+	switch {
+	case f.Backend != report.Backend, f.Family != 0 && !slices.Contains(families, f.Family):
+		p.linef("%s: former rules of ours taken out of %s: %s", f.Family, f.Backend, counted(f.Changes))
+	case len(f.Changes) == 0 && f.Script == nil:
+		p.linef("%s: nothing to do: already installed, %d rules by %s (%s)", who, countFor(plan, f), by, report.Why)
+	default:
+		p.linef("%s: %d rules by %s (%s)", who, countFor(plan, f), by, report.Why)
+	}
+}
+
+// tableOf is the table of nftables that a plan makes; nil where it makes none.
+func tableOf(plan *tproxy.Plan) *rules.Native {
+	if plan.Backend != tproxy.NFTables {
+		return nil
+	}
+	n, err := plan.Rules.Native(tproxy.NFTable)
+	if err != nil {
+		return nil // no plan has such rules
+	}
+	return &n
+}
+
+// countFor counts the rules that stand in a family, or in the table for both.
+func countFor(plan *tproxy.Plan, f exec.FamilyReport) int {
+	if n := tableOf(plan); n != nil && f.Family == 0 {
+		return n.Count()
+	}
+	return countRules(plan.Rules, f.Family)
+}
+
+// scriptOf heads a script.
+func scriptOf(f exec.FamilyReport) string {
+	if f.Backend == tproxy.NFTables {
+		return "nftables"
+	}
+	return f.Family.String()
 }
 
 // otherSteps says what was done beside the rules, of which the families tell.
@@ -349,7 +392,7 @@ func (r run) printRemoval(w io.Writer, report *exec.Report, known bool) error {
 	p.commented(head.Bytes())
 	for _, f := range report.Families {
 		if len(f.Script) > 0 {
-			p.script(f.Family, f.Script)
+			p.script(scriptOf(f), f.Script)
 		}
 	}
 	return write(w, p.Bytes())

@@ -46,7 +46,7 @@ const (
 // Drift is one departure of what stands from what was installed.
 type Drift struct {
 	Kind   DriftKind
-	Family rules.Family // 0 where it is about none
+	Family rules.Family // 0 where it is about none, or a table of nftables, which is both
 	// Table and Chain name where, and Index the rule there, from 1: of what stands,
 	// or, for what is missing, of what was installed. They are empty where it is about
 	// no rule.

@@ -395,7 +395,7 @@ func (t *transaction) write(ctx context.Context, jobs []job, rec tproxy.Record, 
 		// Before anything is written: to take the last NAT rule out and put it
 		// back would cost the redirected connections.
 		j := &jobs[i]
-		if len(j.before.References) == 0 || len(j.compare(j.before.Ours, j.want(rec))) == 0 {
+		if len(j.before.References) == 0 || len(j.compare(j.before, j.want(rec))) == 0 {
 			continue
 		}
 		if err := blocked(j, j.before); err != nil {
@@ -506,13 +506,13 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 			return nil
 		}
 		if try == 1 {
-			fr.Changes = j.compare(now.Ours, want)
+			fr.Changes = j.compare(now, want)
 		}
 		if err := blocked(j, now); err != nil {
 			return err
 		}
 		if t.lookOnly {
-			return &ApplyError{Step: j.step, Family: j.family, Err: fmt.Errorf("they are not so: %s", c.first(j.compare(now.Ours, want)))}
+			return &ApplyError{Step: j.step, Family: j.family, Err: fmt.Errorf("they are not so: %s", c.first(j.compare(now, want)))}
 		}
 		fr.Script = c.script
 		if t.dryRun {

@@ -137,6 +137,10 @@ func notFirst(p *tproxy.Plan, r tproxy.LocalResolver, to, at netip.AddrPort) *Ap
 	switch r.Behind {
 	case p.Backend.String():
 		e.Remedy = "uninstall and install again, which puts ours in front"
+	case "table " + dockersTable + " of nftables":
+		if e.Remedy = "have those come later: they translate at the priority of ours or before"; p.Backend != tproxy.NFTables {
+			e.Remedy = "take --backend nftables, whose chain comes before those of iptables' priority"
+		}
 	case tproxy.IPTablesNFT.String(), tproxy.IPTablesLegacy.String():
 		e.Remedy = "take the variant that they are in: --backend " + r.Behind
 	default:

@@ -34,7 +34,7 @@ func (t *transaction) drain(ctx context.Context, jobs []job, rec tproxy.Record) 
 	for i := range t.drained {
 		d := &t.drained[i]
 		k := slices.IndexFunc(jobs, func(j job) bool { return j.family == d.Family && j.variant.Backend == d.Backend })
-		d.Changes = jobs[k].compare(jobs[k].before.Ours, rules.Set{})
+		d.Changes = jobs[k].compare(jobs[k].before, rules.Set{})
 	}
 	for end := time.Now().Add(t.drainFor); ; {
 		n, err := t.redirected(jobs)

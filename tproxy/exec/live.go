@@ -27,12 +27,14 @@ type Live struct {
 }
 
 // LiveRules are the rules of a family that one variant of iptables, or our table in
-// nftables, holds. In the latter they stand as they are there: a rule may be about more
-// than one port or address.
+// nftables, holds. Of the latter the Set is what packets of the family meet of it
+// (rules.Native.For).
 type LiveRules struct {
 	Family  rules.Family
 	Backend tproxy.Backend
 	Set     rules.Set
+	// Table is all of the table of nftables, for both families.
+	Table *rules.Native
 }
 
 // Route is the way to an address; both are zero where there is none.
@@ -57,6 +59,32 @@ type Hidden struct {
 	// a redirection by iptables: it neither translates at its priority or before, nor
 	// stands in front of conntrack.
 	Late bool
+
+	// nats are its chains that translate, and early is whether it has any other that is
+	// not late.
+	nats  []kernel.NFTBase
+	early bool
+}
+
+// lateFor is Late for rules of ours in a backend: those in nftables have priorities of
+// their own.
+func (h Hidden) lateFor(b tproxy.Backend) bool {
+	if b != tproxy.NFTables {
+		return h.Late
+	}
+	return !h.early && !slices.ContainsFunc(h.nats, inFront)
+}
+
+// inFront reports whether a chain that translates comes before ours in nftables, or may:
+// of equal priorities the one that was made last does.
+func inFront(b kernel.NFTBase) bool { return b.Type == "nat" && b.Priority <= ownPriority(b.Hook) }
+
+// ownPriority is that of our chain of nat in nftables at a hook.
+func ownPriority(hook string) int32 {
+	if hook == string(rules.Output) {
+		return natPriority - 1
+	}
+	return natPriority + 1
 }
 
 // Meets reports whether a packet of the family that passes one of the hooks
@@ -126,10 +154,9 @@ func (r *reader) table() error {
 	if err != nil || n == nil {
 		return err
 	}
-	set := n.Set()
 	for _, f := range rules.Families() {
-		if set.Has(f) {
-			r.Rules = append(r.Rules, LiveRules{Family: f, Backend: tproxy.NFTables, Set: set})
+		if n.Set().Has(f) {
+			r.Rules = append(r.Rules, LiveRules{Family: f, Backend: tproxy.NFTables, Set: n.For(f), Table: n})
 		}
 	}
 	return nil
@@ -173,8 +200,9 @@ func (r *reader) family(b tproxy.Backend, f rules.Family) error {
 		if err != nil {
 			return err
 		}
+		late := t == rules.Filter || t == rules.Security
 		for _, what := range native {
-			r.hide(Hidden{What: fmt.Sprintf("a rule made with nft in table %s %s, %s", nftFamily(f), t, what), Family: f, Late: t == rules.Filter || t == rules.Security})
+			r.hide(Hidden{What: fmt.Sprintf("a rule made with nft in table %s %s, %s", nftFamily(f), t, what), Family: f, Late: late, early: !late && t != rules.NAT})
 		}
 	}
 	return nil
@@ -200,8 +228,9 @@ func (r *reader) others() error {
 		}
 		family := map[string]rules.Family{"ip": rules.IPv4, "ip6": rules.IPv6}[b.Table.Family]
 		late := b.Priority > conntrackPriority
+		var nats []kernel.NFTBase
 		if b.Type == "nat" {
-			late = b.Priority > natPriority
+			late, nats = b.Priority > natPriority, []kernel.NFTBase{b}
 		}
 		var hooks []rules.Hook
 		switch b.Hook {
@@ -213,7 +242,7 @@ func (r *reader) others() error {
 		default:
 			hooks = []rules.Hook{rules.Hook(b.Hook)}
 		}
-		r.hide(Hidden{What: what, Family: family, Hooks: hooks, Late: late})
+		r.hide(Hidden{What: what, Family: family, Hooks: hooks, Late: late, nats: nats, early: !late && nats == nil})
 	}
 	return nil
 }
@@ -253,6 +282,7 @@ func (r *reader) hide(h Hidden) {
 			r.Hidden[i].Hooks = append(old.Hooks, h.Hooks...)
 		}
 		r.Hidden[i].Late = old.Late && h.Late
+		r.Hidden[i].nats, r.Hidden[i].early = append(old.nats, h.nats...), old.early || h.early
 		return
 	}
 	r.Hidden = append(r.Hidden, h)

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 	"github.com/kumahq/kuma-tproxy/tproxy/sim"
 )
@@ -64,6 +65,7 @@ func (t *transaction) filters(p *tproxy.Plan) (notes []string) {
 	if err != nil {
 		t.log.Warn("tables of nftables cannot be listed", "error", err)
 	}
+	foreign = slices.DeleteFunc(foreign, func(name string) bool { return name == "inet "+tproxy.NFTable })
 	firewalld := func(name string) bool { return strings.HasSuffix(name, " firewalld") }
 	others := slices.DeleteFunc(slices.Clone(foreign), firewalld)
 	if len(others) < len(foreign) {
@@ -87,8 +89,67 @@ func (t *transaction) filters(p *tproxy.Plan) (notes []string) {
 	if len(others) < len(foreign) {
 		notes = append(notes, "firewalld runs here and accepts whatever was translated: ports that its zones close now reach the proxy; exclude what must stay closed")
 	}
+	if p.Backend == tproxy.NFTables {
+		return append(notes, t.nftFilters(p)...)
+	}
 	if len(others) > 0 {
 		notes = append(notes, fmt.Sprintf("tables of nftables that iptables does not show (%s) may filter too: let them admit TCP to port %d", strings.Join(others, ", "), p.Config.Inbound.Port))
+	}
+	return notes
+}
+
+// nftFilters says which chains of nftables, iptables-nft's among them, see what was
+// redirected, and what each does with what none of its rules accepts: that much can be
+// read without a program.
+func (s *session) nftFilters(p *tproxy.Plan) (notes []string) {
+	bases, err := s.m.bases()
+	if err != nil {
+		return []string{fmt.Sprintf("what filters connections that are redirected cannot be told: %v", err)}
+	}
+	admit := fmt.Sprintf("let it admit TCP to port %d", p.Config.Inbound.Port)
+	var mayFilter []string
+	for _, b := range bases {
+		table := b.Table.Family + " " + b.Table.Name
+		if b.Hook != string(rules.Input) || b.Type != "filter" || !sees(b, p.Families) || strings.HasSuffix(table, " firewalld") || table == "inet "+tproxy.NFTable {
+			continue
+		}
+		if b.Drops {
+			notes = append(notes, fmt.Sprintf("chain %s of table %s drops what no rule of it accepts, redirected connections too: %s", b.Chain, table, admit))
+		} else if !slices.Contains(mayFilter, table) {
+			mayFilter = append(mayFilter, table)
+		}
+	}
+	if len(mayFilter) > 0 {
+		notes = append(notes, fmt.Sprintf("tables of nftables with rules of others for what comes in (%s) may filter what is redirected: %s", strings.Join(mayFilter, ", "), admit))
+	}
+	return notes
+}
+
+// sees reports whether a chain sees packets of one of the families.
+func sees(b kernel.NFTBase, families []rules.Family) bool {
+	return b.Table.Family != "ip" && b.Table.Family != "ip6" || slices.ContainsFunc(families, func(f rules.Family) bool { return nftFamily(f) == b.Table.Family })
+}
+
+// nftTranslations says which chains of others come before ours in nftables at OUTPUT,
+// where all of iptables' come behind: what they translate passes the proxy by.
+func (s *session) nftTranslations(p *tproxy.Plan) (notes []string) {
+	if p.Backend != tproxy.NFTables {
+		return nil
+	}
+	bases, err := s.m.bases()
+	if err != nil {
+		return []string{fmt.Sprintf("whether chains of others translate before ours cannot be told: %v", err)}
+	}
+	for _, b := range bases {
+		table := b.Table.Family + " " + b.Table.Name
+		if b.Hook != string(rules.Output) || !inFront(b) || !sees(b, p.Families) || table == "inet "+tproxy.NFTable {
+			continue
+		}
+		comes := "comes before ours"
+		if b.Priority == ownPriority(b.Hook) {
+			comes = "has the priority of ours, and of such the one that was made last comes first"
+		}
+		notes = append(notes, fmt.Sprintf("chain %s of table %s, priority %d, %s: what it translates of what this host sends passes the proxy by", b.Chain, table, b.Priority, comes))
 	}
 	return notes
 }
@@ -96,6 +157,7 @@ func (t *transaction) filters(p *tproxy.Plan) (notes []string) {
 // others says where a rule of others in front of ours keeps connections from the
 // proxy: they would pass it by.
 func (t *transaction) others(p *tproxy.Plan) (notes []string) {
+	notes = t.nftTranslations(p)
 	for _, j := range t.jobs {
 		if j.variant.Backend != p.Backend || !slices.Contains(p.Families, j.family) {
 			continue
@@ -175,6 +237,9 @@ func (t *transaction) otherFilter(p *tproxy.Plan) (notes []string) {
 	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
 		for _, f := range p.Families {
 			tables, err := t.m.tables(b == tproxy.IPTablesNFT, f)
+			if b == tproxy.IPTablesNFT && p.Backend == tproxy.NFTables {
+				continue // see nftFilters
+			}
 			if b != p.Backend && err == nil && slices.Contains(tables, rules.Filter) {
 				notes = append(notes, fmt.Sprintf("the %s filter table of %s is there too and may filter: let it admit TCP to port %d", f, b, p.Config.Inbound.Port))
 			}

@@ -96,7 +96,7 @@ func (l *looker) hindrances(p *tproxy.Plan, f rules.Family) {
 	var ours rules.Set
 	there := false
 	for _, r := range l.live.Rules {
-		if r.Family != f {
+		if r.Family != f || r.Backend == tproxy.NFTables { // our table is replaced, or goes
 			continue
 		}
 		was := tproxy.Find(f, r.Set).Ours
@@ -108,7 +108,14 @@ func (l *looker) hindrances(p *tproxy.Plan, f rules.Family) {
 		after := rules.After(f, r.Set, was, p.Rules)
 		sets, ours = append(sets, after), tproxy.Find(f, after).Ours
 	}
-	if !there {
+	switch n, err := p.Rules.Native(tproxy.NFTable); {
+	case p.Backend == tproxy.NFTables && err != nil:
+		l.cannot("%v", err)
+		return
+	case p.Backend == tproxy.NFTables:
+		ours = n.For(f)
+		sets = append(sets, ours)
+	case !there:
 		after := rules.After(f, rules.Set{}, rules.Set{}, p.Rules)
 		sets, ours = append(sets, after), tproxy.Find(f, after).Ours
 	}

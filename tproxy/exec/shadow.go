@@ -1,6 +1,7 @@
 package exec
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -557,6 +558,12 @@ func (x *shadows) leaves(d draft) (out, back []leaf) {
 			}
 			g := gather{shadows: x, set: i, table: c.Table, late: c.Hook != hooks[0]}
 			ours, _ := x.ours.Base(c.Table, c.Hook)
+			if c.Table == rules.NAT && priority(c) > priority(ours) {
+				// What is behind ours of nftables, as iptables' in OUTPUT.
+				g.behind = slices.ContainsFunc(ours.Rules, func(r rules.Rule) bool {
+					return r.Target() != "" && slices.Contains(r.Matches, rules.Match(d.packet.Protocol))
+				})
+			}
 			for _, r := range s.Inline(c) {
 				if r.Unmet {
 					continue
@@ -575,6 +582,8 @@ func (x *shadows) leaves(d draft) (out, back []leaf) {
 	}
 	return out, back
 }
+
+func priority(c rules.BaseChain) int32 { return rules.Priority(c.Table, c.Hook) + c.Offset }
 
 // sendsToProxy reports whether a rule of others sends anything to a port of the proxy's.
 func (x *shadows) sendsToProxy() bool {
@@ -921,7 +930,7 @@ func (x *shadows) shadow(kind tproxy.DriftKind, trace sim.Trace, why string) {
 	}
 	for _, s := range x.all {
 		for _, c := range s.Bases {
-			if policy := fmt.Sprintf("the policy of %s %s is DROP", c.Table, c.Hook); trace.Reason == policy {
+			if policy := fmt.Sprintf("the policy of %s %s is DROP", c.Table, cmp.Or(c.Name, string(c.Hook))); trace.Reason == policy {
 				d.Table, d.Chain, d.Index, d.Is = c.Table, string(c.Hook), 0, "policy DROP"
 			}
 		}

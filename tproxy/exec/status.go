@@ -118,6 +118,7 @@ type looker struct {
 	// whether there are two installs.
 	unread []LiveRules
 	two    bool
+	table  *rules.Native // that of ours, if there is one
 }
 
 // missed reports whether what the install has in a family could not be read.
@@ -235,6 +236,7 @@ func (l *looker) read(ctx context.Context) error {
 			found = tproxy.Find(r.Family, r.Set)
 		}
 		l.jobs = append(l.jobs, job{variant: v, family: r.Family, before: live{all: r.Set, Found: found}})
+		l.table = cmp.Or(l.table, r.Table)
 	}
 	l.found = installation(l.jobs)
 	for _, j := range l.jobs {
@@ -243,7 +245,11 @@ func (l *looker) read(ctx context.Context) error {
 		}
 		if _, err := tproxy.ReadRecord(j.before.Ours); err == nil {
 			l.two = true
-			l.cannot("installs stand in %s and in %s, each with a record, and which of them decides depends on which came first", l.found.Backend, j.variant.Backend)
+			which := "which of them decides depends on which came first"
+			if l.found.Backend == tproxy.NFTables {
+				which = "the one in nftables decides what this host sends, and the other one what comes in"
+			}
+			l.cannot("installs stand in %s and in %s, each with a record, and %s", l.found.Backend, j.variant.Backend, which)
 		}
 	}
 	return nil
@@ -372,10 +378,19 @@ func (l *looker) compare(plan *tproxy.Plan) {
 			continue
 		}
 		found := l.ours(f)
-		l.Drift = append(l.Drift, plan.Drift(f, found.Ours)...)
+		if l.found.Backend != tproxy.NFTables || !holds(found.Ours) {
+			l.Drift = append(l.Drift, plan.Drift(f, found.Ours)...)
+		}
 		for _, r := range found.References {
 			l.drift(tproxy.Drift{Kind: tproxy.DriftEntered, Family: f, Table: r.Table, Chain: r.Chain, Index: r.Index, Is: r.Rule.String(), Why: "others lead into a chain of ours"})
 		}
+	}
+	if l.found.Backend == tproxy.NFTables && l.table != nil {
+		drift, err := plan.TableDrift(l.table)
+		if err != nil {
+			l.cannot("%v", err)
+		}
+		l.Drift = append(l.Drift, drift...)
 	}
 	v4, v6 := l.recordOf(rules.IPv4), l.recordOf(rules.IPv6)
 	if len(v4) > 0 && len(v6) > 0 && !slices.Equal(v4, v6) {
@@ -385,8 +400,11 @@ func (l *looker) compare(plan *tproxy.Plan) {
 	for _, j := range l.jobs {
 		where := j.variant.Backend != l.found.Backend
 		if holds(j.before.Ours) && (where || !slices.Contains(plan.Families, j.family)) {
-			what := "rules of ours in " + j.variant.Backend.String()
-			l.drift(tproxy.Drift{Kind: tproxy.DriftElsewhere, Family: j.family, Is: what, Why: "the install is in " + l.found.Backend.String() + " and has none there"})
+			what, f := "rules of ours in "+j.variant.Backend.String(), j.family
+			if where && j.variant.Backend == tproxy.NFTables { // one table
+				f = 0
+			}
+			l.drift(tproxy.Drift{Kind: tproxy.DriftElsewhere, Family: f, Is: what, Why: "the install is in " + l.found.Backend.String() + " and has none there"})
 		}
 	}
 }
@@ -450,33 +468,64 @@ func (l *looker) names(ctx context.Context, plan *tproxy.Plan) error {
 
 // count collects the counters of the rules of ours.
 func (l *looker) count() {
-	for i, f := range l.Families {
-		ours := l.ours(f).Ours
-		if l.Backend == tproxy.NFTables { // a rule is for both, unless it says for which
-			if i > 0 {
-				break
+	if l.Backend == tproxy.NFTables {
+		l.countTable()
+		return
+	}
+	for _, f := range l.Families {
+		l.countFamily(f)
+	}
+}
+
+func (l *looker) countFamily(f rules.Family) {
+	ours := l.ours(f).Ours
+	each := func(t rules.Table, chain string, list []rules.Rule) {
+		for i, r := range list {
+			if r.Record || tproxy.IsRecord(t, chain) {
+				continue
 			}
-			f = 0
-		}
-		each := func(t rules.Table, chain string, list []rules.Rule) {
-			for i, r := range list {
-				if r.Record || tproxy.IsRecord(t, chain) {
-					continue
-				}
-				at := i + 1
-				if r.At > 0 {
-					at = r.At
-				}
-				l.Counters = append(l.Counters, Counter{f, t, cmp.Or(r.Via, chain), at, tproxy.Effect(t, chain, r), tproxy.Reason(r), r.Counter.Packets, r.Counter.Bytes})
+			at := i + 1
+			if r.At > 0 {
+				at = r.At
 			}
-		}
-		for _, c := range ours.Bases {
-			each(c.Table, string(c.Hook), c.Rules)
-		}
-		for _, c := range ours.Chains {
-			each(c.Table, c.Name, c.Rules)
+			l.Counters = append(l.Counters, Counter{f, t, cmp.Or(r.Via, chain), at, tproxy.Effect(t, chain, r), tproxy.Reason(r), r.Counter.Packets, r.Counter.Bytes})
 		}
 	}
+	for _, c := range ours.Bases {
+		each(c.Table, string(c.Hook), c.Rules)
+	}
+	for _, c := range ours.Chains {
+		each(c.Table, c.Name, c.Rules)
+	}
+}
+
+// countTable counts a rule of nftables once: it is of both families, unless it is about
+// one alone.
+func (l *looker) countTable() {
+	for _, f := range l.Families {
+		l.countFamily(f)
+	}
+	same := func(a, b Counter) int {
+		return cmp.Or(cmp.Compare(a.Table, b.Table), cmp.Compare(a.Chain, b.Chain), a.Index-b.Index, int(a.Family)-int(b.Family))
+	}
+	order := make(map[[2]string]int)
+	for _, c := range l.Counters {
+		if k := [2]string{string(c.Table), c.Chain}; order[k] == 0 {
+			order[k] = len(order) + 1
+		}
+	}
+	slices.SortStableFunc(l.Counters, func(a, b Counter) int {
+		return cmp.Or(order[[2]string{string(a.Table), a.Chain}]-order[[2]string{string(b.Table), b.Chain}], same(a, b))
+	})
+	var out []Counter
+	for _, c := range l.Counters {
+		if k := len(out) - 1; k >= 0 && out[k].Table == c.Table && out[k].Chain == c.Chain && out[k].Index == c.Index {
+			out[k].Family = 0
+			continue
+		}
+		out = append(out, c)
+	}
+	l.Counters = out
 }
 
 // others looks for rules of others that keep connections from where ours send them,
@@ -504,7 +553,7 @@ func (l *looker) unseen(plan *tproxy.Plan) {
 		if h.What == "table inet firewalld" {
 			l.firewalld(plan)
 		}
-		if h.Late {
+		if h.lateFor(plan.Backend) {
 			l.Notes = append(l.Notes, fmt.Sprintf("%s may filter what is redirected, or translate what ours leave alone: iptables does not show it", h.What))
 			continue
 		}

@@ -99,12 +99,44 @@ func (j *job) changeBack(now live) change {
 	return tableChange(now.table, &n)
 }
 
-// compare lists how what is ours departs from want: of a table of nftables in both
-// families.
-func (j *job) compare(ours, want rules.Set) (out []rules.Change) {
+// compare lists how what was read departs from want: of a table of nftables in both
+// families, each rule of the table once.
+func (j *job) compare(now live, want rules.Set) (out []rules.Change) {
+	if j.variant.Backend != tproxy.NFTables {
+		return rules.Compare(j.family, now.Ours, want)
+	}
+	var is, wanted rules.Native
+	if now.table != nil {
+		is = *now.table
+		is.Strange = nil
+	}
+	if holds(want) {
+		wanted, _ = want.Native(tproxy.NFTable) // change has the error
+	}
+	type place struct {
+		kind  rules.ChangeKind
+		table rules.Table
+		chain string
+		at    int
+	}
+	told := make(map[place]int)
 	for _, f := range rules.Families() {
-		if j.of(f) {
-			out = append(out, rules.Compare(f, ours, want)...)
+		for _, c := range rules.Compare(f, is.For(f), wanted.For(f)) {
+			if c.Rule.At > 0 { // as it stands in the table, of which it may be a part
+				c.Index = c.Rule.At
+			}
+			if slices.ContainsFunc(is.Chains, func(l rules.NativeChain) bool { return l.Name == c.Chain }) {
+				c.Table = "" // none of ours, to which any may lead
+			}
+			p := place{c.Kind, c.Table, c.Chain, c.Index}
+			i, again := told[p]
+			switch {
+			case !again:
+				told[p] = len(out)
+				out = append(out, c)
+			case out[i].Family != f:
+				out[i].Family = 0
+			}
 		}
 	}
 	return out

@@ -161,3 +161,18 @@ func (n Native) lead(r *Rule, target string, t Table, ours bool) {
 		r.Action = Goto{name}
 	}
 }
+
+// String writes the elements as nft(8) does, without the braces.
+func (s NativeSet) String() string { return string(s.appendElements(nil)) }
+
+// Count is how many rules the table has, those of a record left out.
+func (n *Native) Count() (sum int) {
+	for _, c := range n.Chains {
+		for i := range c.Rules {
+			if !c.Rules[i].isRecord() {
+				sum++
+			}
+		}
+	}
+	return sum
+}
