@@ -141,6 +141,9 @@ type job struct {
 	variant tproxy.Variant
 	family  rules.Family
 	want    func(tproxy.Record) rules.Set
+	// table, if not nil, is wanted of nftables in the place of want: as it was read, it may
+	// hold what no Set of ours does.
+	table *rules.Native
 
 	before live // read before anything was written, or after a drain
 }
@@ -610,10 +613,13 @@ func (t *transaction) putBack(ctx context.Context, j *job) (bool, error) {
 		}
 		c := j.changeBack(now)
 		if c.nothing() {
-			return passed+changes > 0, nil
+			if passed+changes == 0 {
+				return false, nil
+			}
+			return true, j.goneForGood()
 		}
 		if err = t.commit(ctx, j, putBackText(j), c); err == nil {
-			return true, nil
+			return true, j.goneForGood()
 		}
 		if _, moved := t.movedUnder(ctx, j, now, err); moved && changes+1 < maxTries {
 			changes++

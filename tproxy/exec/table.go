@@ -59,13 +59,16 @@ func (c change) first(changes []rules.Change) string {
 }
 
 func sameTable(a, b *rules.Native) bool {
-	return (a == nil) == (b == nil) && (a == nil || a.Equal(b))
+	return (a == nil) == (b == nil) && (a == nil || a.Same(b))
 }
 
 // change leads from what was read to want.
 func (j *job) change(now live, want rules.Set) (change, error) {
 	if j.variant.Backend != tproxy.NFTables {
 		return change{script: rules.Transition(j.family, now.Ours, want)}, nil
+	}
+	if j.table != nil {
+		return tableChange(now.table, j.table), nil
 	}
 	if !holds(want) {
 		return tableChange(now.table, nil), nil
@@ -92,11 +95,26 @@ func (j *job) changeBack(now live) change {
 	if j.variant.Backend != tproxy.NFTables {
 		return change{script: rules.Transition(j.family, now.Ours, j.before.Ours)}
 	}
-	if j.before.table == nil {
+	switch {
+	case sameTable(now.table, j.before.table): // with what of others stands in it
+		return change{}
+	case j.before.table == nil:
 		return tableChange(now.table, nil)
 	}
 	n := j.before.table.Known()
 	return tableChange(now.table, &n)
+}
+
+// goneForGood is an error that names what of others stood in our table, and that putting
+// the table back cannot make again.
+func (j *job) goneForGood() error {
+	if j.before.table == nil {
+		return nil
+	}
+	if others := j.before.table.Others(); len(others) > 0 {
+		return fmt.Errorf("what others had in the table inet %s is gone: %s", j.before.table.Table, strings.Join(others, "; "))
+	}
+	return nil
 }
 
 // compare lists how what is ours departs from want: of a table of nftables in both
