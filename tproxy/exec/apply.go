@@ -613,13 +613,10 @@ func (t *transaction) putBack(ctx context.Context, j *job) (bool, error) {
 		}
 		c := j.changeBack(now)
 		if c.nothing() {
-			if passed+changes == 0 {
-				return false, nil
-			}
-			return true, j.goneForGood()
+			return passed+changes > 0, j.goneForGood(now)
 		}
 		if err = t.commit(ctx, j, putBackText(j), c); err == nil {
-			return true, j.goneForGood()
+			return true, j.goneForGood(live{})
 		}
 		if _, moved := t.movedUnder(ctx, j, now, err); moved && changes+1 < maxTries {
 			changes++

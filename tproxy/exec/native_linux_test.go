@@ -9,6 +9,7 @@ import (
 	osexec "os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -21,14 +22,20 @@ import (
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
-// nftable is our table as nft(8) prints it, without counters, or "".
+// nftable is our table as nft(8) prints it, without counters, or "". The order of chains
+// and sets says nothing.
 func (w *world) nftable() string {
 	w.Helper()
 	text, err := w.Lab.Run(w.Context(), w.Host, "", "nft", "-s", "list", "table", "inet", tproxy.NFTable)
 	if err != nil {
 		return ""
 	}
-	return text
+	parts := strings.Split(strings.TrimSuffix(strings.SplitN(text, "\n", 2)[1], "}\n"), "\n\n")
+	for i, p := range parts {
+		parts[i] = strings.TrimSuffix(p, "\n")
+	}
+	slices.Sort(parts)
+	return strings.Join(parts, "\n")
 }
 
 // generation is the number of the last transaction of nf_tables.
@@ -87,9 +94,9 @@ const kubeProxy = `table %[1]s kube-proxy {
 		type %[2]s . inet_proto . inet_service : verdict
 		elements = { %[3]s . tcp . 443 : goto service-one }
 	}
-	chain nat-prerouting { type nat hook prerouting priority dstnat; policy accept; jump services; }
-	chain nat-output { type nat hook output priority dstnat; policy accept; jump services; }
-	chain nat-postrouting { type nat hook postrouting priority srcnat; policy accept; jump masquerading; }
+	chain nat-prerouting { type nat hook prerouting priority -100; policy accept; jump services; }
+	chain nat-output { type nat hook output priority -100; policy accept; jump services; }
+	chain nat-postrouting { type nat hook postrouting priority 100; policy accept; jump masquerading; }
 	chain services { %[1]s daddr . meta l4proto . th dport vmap @service-ips; }
 	chain service-one { meta l4proto tcp counter dnat to %[4]s; }
 	chain masquerading { meta mark and 0x4000 != 0 masquerade; }
@@ -100,9 +107,9 @@ const kubeProxy = `table %[1]s kube-proxy {
 // priorities, and a port that it forwards.
 const firewalldTable = `table inet firewalld {
 	chain mangle_PREROUTING { type filter hook prerouting priority mangle + 10; policy accept; }
-	chain nat_PREROUTING { type nat hook prerouting priority dstnat + 10; policy accept; tcp dport 9090 counter redirect to :80; }
-	chain nat_OUTPUT { type nat hook output priority dstnat + 10; policy accept; }
-	chain nat_POSTROUTING { type nat hook postrouting priority srcnat + 10; policy accept; oifname "eth9" masquerade; }
+	chain nat_PREROUTING { type nat hook prerouting priority -90; policy accept; tcp dport 9090 counter redirect to :80; }
+	chain nat_OUTPUT { type nat hook output priority -90; policy accept; }
+	chain nat_POSTROUTING { type nat hook postrouting priority 110; policy accept; oifname "eth9" masquerade; }
 	chain filter_INPUT { type filter hook input priority filter + 10; policy accept; ct state established,related accept; ct status dnat accept; iifname "lo" accept; }
 }
 `

@@ -107,8 +107,8 @@ func (j *job) changeBack(now live) change {
 
 // goneForGood is an error that names what of others stood in our table, and that putting
 // the table back cannot make again.
-func (j *job) goneForGood() error {
-	if j.before.table == nil {
+func (j *job) goneForGood(now live) error {
+	if j.before.table == nil || sameTable(now.table, j.before.table) {
 		return nil
 	}
 	if others := j.before.table.Others(); len(others) > 0 {
@@ -163,21 +163,21 @@ var nftModules = []struct{ word, module string }{
 // diagnoseTable names the cause and the remedy of what the kernel has refused.
 func (s *session) diagnoseTable(e *ApplyError) {
 	const otherwise = "--backend iptables-nft or iptables-legacy"
+	lacks := -1 // which module, where the kernel says that it has no such thing
+	if errors.Is(e.Err, syscall.ENOENT) || errors.Is(e.Err, syscall.EOPNOTSUPP) {
+		lacks = slices.IndexFunc(nftModules, func(m struct{ word, module string }) bool { return strings.Contains(e.Rule, m.word) })
+	}
 	switch {
 	case errors.Is(e.Err, syscall.EPERM):
 		e.Err = fmt.Errorf("%w (%w)", ErrNotRoot, e.Err)
 		e.Remedy = "run as root, or with CAP_NET_ADMIN; if you did, a security module (SELinux, seccomp) denies it: see its log"
+	case lacks >= 0: // EOPNOTSUPP is an ErrUnsupported too
+		e.Err = fmt.Errorf("%w (%w)", ErrNoModule, e.Err)
+		e.Remedy = fmt.Sprintf("modprobe %s, or %s; a chain of nat in the family inet takes Linux 5.2", nftModules[lacks].module, otherwise)
 	case errors.Is(e.Err, errors.ErrUnsupported):
 		e.Err = fmt.Errorf("%w (%w)", ErrUnsupported, e.Err)
 		e.Remedy = "this kernel has no nf_tables, or none for the family inet (CONFIG_NF_TABLES_INET): " + otherwise
 	case errors.Is(e.Err, syscall.EINVAL) && strings.Contains(e.Rule, "meta skuid") && s.mapsUIDs():
 		e.Remedy = "this is a user namespace, where rules can name only the UIDs that it has: see /proc/self/uid_map"
-	case errors.Is(e.Err, syscall.ENOENT) || errors.Is(e.Err, syscall.EOPNOTSUPP):
-		i := slices.IndexFunc(nftModules, func(m struct{ word, module string }) bool { return strings.Contains(e.Rule, m.word) })
-		if i < 0 {
-			return
-		}
-		e.Err = fmt.Errorf("%w (%w)", ErrNoModule, e.Err)
-		e.Remedy = fmt.Sprintf("modprobe %s, or %s; a chain of nat in the family inet takes Linux 5.2", nftModules[i].module, otherwise)
 	}
 }
