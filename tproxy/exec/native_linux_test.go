@@ -1,6 +1,7 @@
 package exec_test
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -144,14 +145,14 @@ func TestBesideTablesOfOthers(t *testing.T) {
 				flow{"A5", "outside host:80 => in"}, flow{"A3", "outside host:8080 => app"}, flow{"A3", "outside host:22 => app"},
 				flow{"theirs", "outside host:9091 => app"},
 				flow{"B11", "1000 service:443 => out"}, flow{"B11", "1000 internet:443 => out"},
-				flow{"B3", "5678 service:443 => remote"}, flow{"B3", "5678 internet:80 => remote"},
+				flow{"B3", "5678 service:443 => remote for internet:443"}, flow{"B3", "5678 internet:80 => remote"},
 				flow{"B2", "5678 host:80 => in"}, flow{"C3", "1000 udp resolver:53 => dns"}, flow{"C1", "5678 udp resolver:53 => resolver"})
 		}
 		w.uninstall()
 		if w.backend == tproxy.NFTables {
 			w.same("the rules of others", before, w.on("", "nft", "-s", "list", "ruleset"))
 		}
-		w.check(flow{"gone", "outside host:80 => app"}, flow{"gone", "1000 service:443 => remote"})
+		w.check(flow{"gone", "outside host:80 => app"}, flow{"gone", "1000 service:443 => remote for internet:443"})
 	})
 }
 
@@ -325,4 +326,48 @@ func (w *world) traced(name, log string, expressions ...string) error {
 		return fmt.Errorf("%w: %s", err, says.String())
 	}
 	return nil
+}
+
+// Beside a client of nf_tables that commits all the time, in a table of its own, installs
+// and uninstalls come through, and lose nothing of its.
+func TestBesideABusyNetlinkClient(t *testing.T) {
+	w := newWorld(t, tproxy.NFTables)
+	const table = "busy"
+	chain := rules.NativeChain{Name: "filter.BUSY"}
+	send := func(c *nft.Conn, commands ...rules.NativeCommand) error {
+		return c.Send(nft.Encode(commands, binary.NativeEndian), 0)
+	}
+	stop, done := make(chan struct{}), make(chan error, 1)
+	commits := 0
+	go func() {
+		done <- w.In(w.Host, func() error {
+			c, err := nft.Open()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			err = send(c, rules.NativeCommand{Verb: rules.AddTable, Table: table}, rules.NativeCommand{Verb: rules.AddChain, Table: table, Chain: chain})
+			for ; err == nil; commits++ {
+				select {
+				case <-stop:
+					return nil
+				default:
+					err = send(c, rules.NativeCommand{Verb: rules.AddRule, Table: table, Chain: chain, Rule: rules.NativeRule{Action: rules.Return{}}})
+				}
+			}
+			return err
+		})
+	}()
+	retries := 0
+	for range 20 {
+		retries += w.install(faultConfig).Retries + w.install(faultOther).Retries + w.uninstall().Retries
+	}
+	close(stop)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(w.on("", "nft", "list", "table", "inet", table), "return"); n != commits {
+		t.Errorf("%d of %d rules are there", n, commits)
+	}
+	t.Logf("60 installs, upgrades and uninstalls beside %d commits; tried again %d times", commits, retries)
 }
