@@ -145,7 +145,7 @@ func TestNFTTracks(t *testing.T) {
 		"chain c { type filter hook prerouting priority -300; meta l4proto udp notrack; }": false,
 	} {
 		inFreshNamespace(t, func(t *testing.T) {
-			run(t, "table inet mine { "+text+" }", "nft", "-f", "-")
+			run(t, "table inet mine {\n"+text+"\n}\n", "nft", "-f", "-")
 			if got, err := NFTTracks(all); err != nil || got != want {
 				t.Errorf("%q: %v, %v", text, got, err)
 			}
