@@ -141,6 +141,9 @@ type job struct {
 	variant tproxy.Variant
 	family  rules.Family
 	want    func(tproxy.Record) rules.Set
+	// table, if not nil, is wanted of nftables in the place of want: as it was read, it may
+	// hold what no Set of ours does.
+	table *rules.Native
 
 	before live // read before anything was written, or after a drain
 }
@@ -611,10 +614,10 @@ func (t *transaction) putBack(ctx context.Context, j *job) (bool, error) {
 		}
 		c := j.changeBack(now)
 		if c.nothing() {
-			return passed+changes > 0, nil
+			return passed+changes > 0, j.goneForGood(now)
 		}
 		if err = t.commit(ctx, j, putBackText(j), c); err == nil {
-			return true, nil
+			return true, j.goneForGood(live{})
 		}
 		if _, moved := t.movedUnder(ctx, j, now, err); moved && changes+1 < maxTries {
 			changes++

@@ -87,8 +87,28 @@ func TestCut(t *testing.T) {
 	}
 }
 
-// Where a rule of others holds conntrack, none is cut.
+// Where a rule of others holds conntrack, none is cut, wherever it stands.
 func TestNoneIsCutWhereOthersHoldConntrack(t *testing.T) {
+	for _, b := range tproxy.Backends() {
+		for where, hold := range map[string]func(*fakeMachine){
+			"iptables-nft": func(m *fakeMachine) {
+				m.edit(t, "iptables-nft", "*nat\n-A POSTROUTING -o eth0 -j MASQUERADE\nCOMMIT\n")
+			},
+			"ip6tables-legacy": func(m *fakeMachine) {
+				m.edit(t, "ip6tables-legacy", "*nat\n-A POSTROUTING -o eth0 -j MASQUERADE\nCOMMIT\n")
+			},
+			"another table of theirs": func(m *fakeMachine) { m.tracks = true },
+			"nowhere":                 func(m *fakeMachine) { m.populate(t) },
+		} {
+			m := newFakeMachine(t)
+			hold(m)
+			m.install(t, tproxy.Config{Backend: b})
+			m.connections = func() int { return 7 }
+			if r := m.uninstall(t); r.Cut != 0 && where != "nowhere" || r.Cut != 14 && where == "nowhere" {
+				t.Errorf("%s, held in %s: %d cut", b, where, r.Cut)
+			}
+		}
+	}
 	for _, rule := range []string{"-A POSTROUTING -o eth0 -j MASQUERADE", "-A OUTPUT -m conntrack --ctstate NEW -j ACCEPT", "-A OUTPUT -p tcp -m tcp --dport 1 -j REDIRECT --to-ports 2"} {
 		m := newFakeMachine(t)
 		m.edit(t, "iptables-nft", "*nat\n"+rule+"\nCOMMIT\n")

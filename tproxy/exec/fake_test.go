@@ -43,10 +43,10 @@ type fakeMachine struct {
 	foreign   []string // tables of nftables
 	tracks    bool     // whether a rule in them needs conntrack
 	// table is ours in nftables, and noTable why there cannot be one; onCommit, if set, is
-	// called before each transaction and may refuse it.
+	// called before each transaction and may refuse it, or the command of that number.
 	table    *rules.Native
 	noTable  string
-	onCommit func([]rules.NativeCommand) error
+	onCommit func([]rules.NativeCommand) (int, error)
 	// sent is where a datagram goes that is sent to an address; nil is as it was sent.
 	sent func(uid uint32, to netip.AddrPort) (netip.AddrPort, error)
 	// connections is how many redirected ones there are at each look, per family.
@@ -196,9 +196,12 @@ func (m *fakeMachine) commitTable(commands []rules.NativeCommand) (int, error) {
 		return -1, errKilled
 	}
 	if m.onCommit != nil {
-		if err := m.onCommit(commands); err != nil {
-			return -1, err
+		if at, err := m.onCommit(commands); err != nil {
+			return at, err
 		}
+	}
+	if m.stop != nil && m.stop("") {
+		return -1, errKilled
 	}
 	after, failed, err := rules.NativeAfter(m.table, commands)
 	if err != nil {
@@ -487,6 +490,12 @@ func (m *fakeMachine) all() string {
 	for _, p := range prefixes {
 		fmt.Fprintf(&b, "%s\n%s", p, m.netfilter[p].Save())
 	}
+	if m.table != nil { // the order of chains says nothing
+		n := *m.table
+		n.Chains = slices.SortedFunc(slices.Values(n.Chains), func(a, b rules.NativeChain) int { return cmp.Compare(a.Name, b.Name) })
+		n.Sets = slices.SortedFunc(slices.Values(n.Sets), func(a, b rules.NativeSet) int { return cmp.Compare(a.Name, b.Name) })
+		fmt.Fprintf(&b, "%q %q\n", n.Text(), n.Strange)
+	}
 	fmt.Fprintf(&b, "%v\n", m.addresses)
 	if m.link.Index != 0 {
 		fmt.Fprintf(&b, "%v\n", m.link.Addresses)
@@ -494,9 +503,13 @@ func (m *fakeMachine) all() string {
 	return b.String()
 }
 
-// plan builds a Config for the machine.
+// plan builds a Config for the machine, which can have a table of nftables from when one
+// is asked for.
 func (m *fakeMachine) plan(t tproxytest.Fataler, c tproxy.Config) *tproxy.Plan {
 	t.Helper()
+	if c.Backend == tproxy.NFTables {
+		m.noTable = ""
+	}
 	r := Runner{machine: m}
 	h, err := r.Probe(context.Background(), c.Needs())
 	if err != nil {

@@ -291,3 +291,8 @@ func (h *fakeHost) plan(c tproxy.Config) *tproxy.Plan {
 	}
 	return p
 }
+
+// noNFTables: it is about programs.
+func (h *fakeHost) noNFTables() string { return "a host of programs alone" }
+
+func (h *fakeHost) tracked() (bool, error) { return false, nil }

@@ -23,7 +23,6 @@ import (
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
-// stress reports whether all of it is asked for: TPROXY_SUITE names stress.
 // change is a change of what is installed, in tests of faults.
 type change struct {
 	name  string
@@ -88,6 +87,7 @@ func (w *world) perTable() map[string]string {
 			out[fmt.Sprintf("%s %s", f, t)] = strings.Join(append(bases, chains...), "\n")
 		}
 	}
+	out["inet"] = w.nftable()
 	return out
 }
 
@@ -229,7 +229,7 @@ func killedAnywhere(t *testing.T, times int) {
 	}
 	for _, c := range changes {
 		t.Run(c.name, func(t *testing.T) {
-			eachVariant(t, func(w *world) {
+			eachBackend(t, func(w *world) {
 				c.start(w)
 				before := w.perTable()
 				start := time.Now()
@@ -320,7 +320,7 @@ func (w *world) killAt(name string, after time.Duration) {
 
 // Two runs at the same time, each a process of its own, end as one of them.
 func TestTwoAtOnce(t *testing.T) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		ends := map[string]map[string]string{}
 		for _, name := range []string{"install", "other", "uninstall"} {
 			if err := w.inChild(name)(); err != nil {

@@ -300,6 +300,7 @@ var places = map[string][2]netip.Addr{
 	"container":   {netlab.Container4, netlab.Container6},
 	"loopback":    {netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()},
 	"loopback2":   {netip.MustParseAddr("127.0.0.53"), netip.IPv6Loopback()},
+	"service":     {netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("fd96::1")},
 	"passthrough": {netip.MustParseAddr("127.0.0.6"), netip.MustParseAddr("::6")},
 }
 

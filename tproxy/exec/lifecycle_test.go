@@ -33,6 +33,8 @@ var configs = []tproxy.Config{
 	{Inbound: tproxy.Inbound{Off: true}, DNS: tproxy.DNS{Redirect: true}},
 	{IPFamilyMode: tproxy.IPv4Only, ProxyUIDs: []tproxy.UID{1000680000}, DisableComments: true},
 	{Backend: tproxy.IPTablesLegacy},
+	{Backend: tproxy.NFTables, DNS: tproxy.DNS{CaptureAll: true, SkipConntrackZoneSplit: true}, Inbound: tproxy.Inbound{ExcludePorts: rules.MustPorts("1,3,5-9")}},
+	{Backend: tproxy.NFTables, IPFamilyMode: tproxy.IPv4Only},
 	{Backend: tproxy.IPTablesNFT, Outbound: tproxy.Outbound{ExcludePorts: rules.MustPorts("1-20,30,40,50,60,70,80,90,100,110,120,130,140,150,160")}},
 }
 
@@ -49,7 +51,7 @@ func (l *lifecycle) apply(t *rapid.T) {
 			t.Fatalf("after Apply, %s departs from the plan: %v", f, want)
 		}
 	}
-	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+	for _, b := range tproxy.Backends() {
 		for _, f := range rules.Families() {
 			if b == p.Backend && (f == rules.IPv4 || len(p.Families) == 2) {
 				continue
@@ -68,6 +70,15 @@ func (l *lifecycle) apply(t *rapid.T) {
 }
 
 func (l *lifecycle) ours(t *rapid.T, b tproxy.Backend, f rules.Family) rules.Set {
+	if b == tproxy.NFTables {
+		if l.m.table == nil {
+			return rules.Set{}
+		}
+		if s := l.m.table.Set(); s.Has(f) {
+			return s
+		}
+		return rules.Set{}
+	}
 	all, err := rules.ParseSave(f, l.m.of(b == tproxy.IPTablesNFT, f).Save())
 	if err != nil {
 		t.Fatalf("ParseSave: %v", err)
@@ -85,12 +96,15 @@ func (l *lifecycle) remove(t *rapid.T) {
 }
 
 func (l *lifecycle) nothingOfOurs(t *rapid.T) {
-	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+	for _, b := range tproxy.Backends() {
 		for _, f := range rules.Families() {
 			if o := l.ours(t, b, f); len(o.Bases)+len(o.Chains) > 0 {
 				t.Fatalf("Remove left something in %s %s:\n%s", b, f, l.m.all())
 			}
 		}
+	}
+	if l.m.table != nil {
+		t.Fatalf("Remove left the table\n%s", l.m.table.Text())
 	}
 	if len(l.m.addresses) > 0 {
 		t.Fatalf("Remove left %v on lo", l.m.addresses)
@@ -122,6 +136,10 @@ func (l *lifecycle) killedRemoval(t *rapid.T) {
 // wayBack takes a snapshot, installs, perhaps killed in it, and restores, perhaps killed
 // in that too, until it is done: what is ours is then as it was.
 func (l *lifecycle) wayBack(t *rapid.T) {
+	if l.m.table != nil { // what others have in it cannot come back
+		n := l.m.table.Known()
+		l.m.table = &n
+	}
 	r := Runner{machine: l.m}
 	s, err := r.Snapshot(context.Background())
 	if err != nil {
@@ -129,7 +147,7 @@ func (l *lifecycle) wayBack(t *rapid.T) {
 	}
 	address := l.m.addresses[passthrough6]
 	was := map[place]rules.Set{}
-	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+	for _, b := range tproxy.Backends() {
 		for _, f := range rules.Families() {
 			was[place{b, f}] = l.ours(t, b, f)
 		}
@@ -168,6 +186,33 @@ func (l *lifecycle) edit(t *rapid.T) {
 			t.Fatalf("foreign edit: %v", err)
 		}
 	}
+}
+
+// meddle is what somebody does in our table of nftables: a rule more, a chain that is
+// empty, something that no table of ours has.
+func (l *lifecycle) meddle(t *rapid.T) {
+	if l.m.table == nil {
+		t.Skip("no table")
+	}
+	n := *l.m.table
+	n.Chains = slices.Clone(n.Chains)
+	c := &n.Chains[rapid.IntRange(0, len(n.Chains)-1).Draw(t, "chain")]
+	switch rapid.IntRange(0, 4).Draw(t, "by") {
+	case 0:
+		c.Rules = append(slices.Clone(c.Rules), rules.NativeRule{Action: rules.Accept{}, Comment: "of others"})
+	case 1:
+		c.Rules = append(slices.Clone(c.Rules), rules.NativeRule{Unknown: "tcp option"})
+	case 2:
+		if strings.HasSuffix(c.Name, "KUMA_MESH_RECORD") {
+			t.Skip("whose ::6 is cannot be told then")
+		}
+		c.Rules = nil
+	case 3:
+		n.Strange = []string{"object \"q\""}
+	case 4:
+		n.Chains = append(n.Chains, rules.NativeChain{Name: "theirs", Type: "filter", Hook: rules.Input, Priority: 7})
+	}
+	l.m.table = &n
 }
 
 // reload is what a reload of firewalld makes of jumps of ours, where its direct.xml has
@@ -235,7 +280,8 @@ func (l *lifecycle) beset(f func(*rapid.T)) func(*rapid.T) {
 			n++
 			return result{}, false
 		}
-		defer func() { l.m.onRun = nil }()
+		l.m.onCommit = func([]rules.NativeCommand) (int, error) { l.m.onRun(command{}); return -1, nil }
+		defer func() { l.m.onRun, l.m.onCommit = nil, nil }()
 		f(t)
 	}
 }
@@ -257,6 +303,7 @@ func TestLifecycle(t *testing.T) {
 	proc := fakeProc(t)
 	rapid.Check(t, func(t *rapid.T) {
 		l := &lifecycle{m: newFakeMachineAt(proc), alone: newFakeMachineAt(proc).netfilter, direct: map[string]bool{}}
+		l.m.noTable = ""
 		untouched := func(f func(*rapid.T)) func(*rapid.T) {
 			return func(t *rapid.T) {
 				f(t)
@@ -271,6 +318,7 @@ func TestLifecycle(t *testing.T) {
 			"kill":   untouched(l.killed),
 			"kill2":  untouched(l.killedRemoval),
 			"edit":   untouched(l.edit),
+			"meddle": untouched(l.meddle),
 			"back":   untouched(l.wayBack),
 			"reload": untouched(l.reload),
 			"stop":   untouched(l.stop),

@@ -269,7 +269,7 @@ func (t *transaction) restoreJobs(ctx context.Context, before *Snapshot) ([]job,
 				return nil, &ApplyError{Step: step, Err: err}
 			}
 			was := n.Set()
-			jobs = append(jobs, job{step: step, variant: variants[i], want: func(tproxy.Record) rules.Set { return was }})
+			jobs = append(jobs, job{step: step, variant: variants[i], want: func(tproxy.Record) rules.Set { return was }, table: &n})
 			continue
 		}
 		if i < 0 {

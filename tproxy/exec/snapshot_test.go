@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -65,6 +66,14 @@ func formers(t *testing.T) map[string]func(m *fakeMachine) {
 			m.install(t, tproxy.Config{Backend: tproxy.IPTablesNFT})
 			m.edit(t, "iptables-nft", "*nat\n-A KUMA_MESH_INBOUND -p tcp -m tcp --dport 99 -m hashlimit --hashlimit-name x -j RETURN\n-I OUTPUT 1 -p tcp -m tcp --dport 7 -j ACCEPT\nCOMMIT\n")
 		},
+		"an edited table": func(m *fakeMachine) {
+			m.install(t, tproxy.Config{Backend: tproxy.NFTables})
+			n := *m.table
+			n.Chains = slices.Clone(n.Chains)
+			n.Chains[0].Rules = append(slices.Clone(n.Chains[0].Rules), rules.NativeRule{Action: rules.Accept{}, Comment: "of others"})
+			n.Chains = append(n.Chains, rules.NativeChain{Name: "theirs", Type: "filter", Hook: rules.Input, Priority: 7})
+			m.table = &n
+		},
 		"both variants": func(m *fakeMachine) {
 			m.install(t, tproxy.Config{Backend: tproxy.IPTablesNFT})
 			was := m.netfilter["iptables-nft"].Save()
@@ -112,6 +121,9 @@ func TestRestoreIsTheWayBack(t *testing.T) {
 				// Others' rules among ours may stand elsewhere among them, nowhere else.
 				if got, want := before.others(t), alone.others(t); got != want {
 					t.Errorf("foreign rules\n%s\nwant\n%s", got, want)
+				}
+				if !sameTable(before.table, alone.table) && (before.table == nil || !before.table.Equal(alone.table)) {
+					t.Errorf("the table is %v, and was %v", before.table, alone.table)
 				}
 				for _, v := range prefixes {
 					f := before.netfilter[v].Family
@@ -288,7 +300,9 @@ func TestSnapshotJSON(t *testing.T) {
 	for text, want := range map[string]string{
 		`{"version":2}`: "version 2: accepted is 1",
 		`{}`:            "version 0: accepted is 1",
-		`{"version":1,"rules":[{"backend":"nftables","family":"IPv4"}]}`:                     `backend "nftables"`,
+		`{"version":1,"rules":[{"backend":"nft","family":"IPv4"}]}`:                          `backend "nft"`,
+		`{"version":1,"rules":[{"backend":"nftables","family":"","text":"eA=="}]}`:           "of nftables",
+		`{"version":1,"rules":[{"backend":"nftables","text":"dGFibGUgaW5ldCB4IHsKfQo="}]}`:   `table "x" of nftables: accepted is kuma-tproxy`,
 		`{"version":1,"rules":[{"backend":"auto","family":"IPv4"}]}`:                         `backend "auto"`,
 		`{"version":1,"rules":[{"backend":"iptables-nft","family":"IPX"}]}`:                  `family "IPX"`,
 		`{"version":1,"rules":[{"backend":"iptables-nft","family":"IPv4","text":"KmJhZA"}]}`: "base64",

@@ -629,7 +629,7 @@ func TestLockOfIPTables(t *testing.T) {
 // Contract 4.9: a drop policy sees a redirected connection with the proxy's port,
 // and the note tells the rule that mends it.
 func TestDropPolicyIsNoted(t *testing.T) {
-	eachBackend(t, func(w *world) {
+	eachVariant(t, func(w *world) {
 		w.serve()
 		w.proxy(netlab.Answer)
 		w.iptables("-A INPUT -i lo -j ACCEPT", "-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", "-A INPUT -p ipv6-icmp -j ACCEPT",

@@ -59,13 +59,16 @@ func (c change) first(changes []rules.Change) string {
 }
 
 func sameTable(a, b *rules.Native) bool {
-	return (a == nil) == (b == nil) && (a == nil || a.Equal(b))
+	return (a == nil) == (b == nil) && (a == nil || a.Same(b))
 }
 
 // change leads from what was read to want.
 func (j *job) change(now live, want rules.Set) (change, error) {
 	if j.variant.Backend != tproxy.NFTables {
 		return change{script: rules.Transition(j.family, now.Ours, want)}, nil
+	}
+	if j.table != nil {
+		return tableChange(now.table, j.table), nil
 	}
 	if !holds(want) {
 		return tableChange(now.table, nil), nil
@@ -92,11 +95,26 @@ func (j *job) changeBack(now live) change {
 	if j.variant.Backend != tproxy.NFTables {
 		return change{script: rules.Transition(j.family, now.Ours, j.before.Ours)}
 	}
-	if j.before.table == nil {
+	switch {
+	case sameTable(now.table, j.before.table): // with what of others stands in it
+		return change{}
+	case j.before.table == nil:
 		return tableChange(now.table, nil)
 	}
 	n := j.before.table.Known()
 	return tableChange(now.table, &n)
+}
+
+// goneForGood is an error that names what of others stood in our table, and that putting
+// the table back cannot make again.
+func (j *job) goneForGood(now live) error {
+	if j.before.table == nil || sameTable(now.table, j.before.table) {
+		return nil
+	}
+	if others := j.before.table.Others(); len(others) > 0 {
+		return fmt.Errorf("what others had in the table inet %s is gone: %s", j.before.table.Table, strings.Join(others, "; "))
+	}
+	return nil
 }
 
 // compare lists how what was read departs from want: of a table of nftables in both
@@ -177,21 +195,21 @@ var nftModules = []struct{ word, module string }{
 // diagnoseTable names the cause and the remedy of what the kernel has refused.
 func (s *session) diagnoseTable(e *ApplyError) {
 	const otherwise = "--backend iptables-nft or iptables-legacy"
+	lacks := -1 // which module, where the kernel says that it has no such thing
+	if errors.Is(e.Err, syscall.ENOENT) || errors.Is(e.Err, syscall.EOPNOTSUPP) {
+		lacks = slices.IndexFunc(nftModules, func(m struct{ word, module string }) bool { return strings.Contains(e.Rule, m.word) })
+	}
 	switch {
 	case errors.Is(e.Err, syscall.EPERM):
 		e.Err = fmt.Errorf("%w (%w)", ErrNotRoot, e.Err)
 		e.Remedy = "run as root, or with CAP_NET_ADMIN; if you did, a security module (SELinux, seccomp) denies it: see its log"
+	case lacks >= 0: // EOPNOTSUPP is an ErrUnsupported too
+		e.Err = fmt.Errorf("%w (%w)", ErrNoModule, e.Err)
+		e.Remedy = fmt.Sprintf("modprobe %s, or %s; a chain of nat in the family inet takes Linux 5.2", nftModules[lacks].module, otherwise)
 	case errors.Is(e.Err, errors.ErrUnsupported):
 		e.Err = fmt.Errorf("%w (%w)", ErrUnsupported, e.Err)
 		e.Remedy = "this kernel has no nf_tables, or none for the family inet (CONFIG_NF_TABLES_INET): " + otherwise
 	case errors.Is(e.Err, syscall.EINVAL) && strings.Contains(e.Rule, "meta skuid") && s.mapsUIDs():
 		e.Remedy = "this is a user namespace, where rules can name only the UIDs that it has: see /proc/self/uid_map"
-	case errors.Is(e.Err, syscall.ENOENT) || errors.Is(e.Err, syscall.EOPNOTSUPP):
-		i := slices.IndexFunc(nftModules, func(m struct{ word, module string }) bool { return strings.Contains(e.Rule, m.word) })
-		if i < 0 {
-			return
-		}
-		e.Err = fmt.Errorf("%w (%w)", ErrNoModule, e.Err)
-		e.Remedy = fmt.Sprintf("modprobe %s, or %s; a chain of nat in the family inet takes Linux 5.2", nftModules[i].module, otherwise)
 	}
 }

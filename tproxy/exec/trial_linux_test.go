@@ -106,7 +106,7 @@ var (
 // ruled is what both variants and our table hold of everybody's rules, and ::6.
 func (w *world) ruled() string {
 	w.Helper()
-	return w.on("", "sh", "-c", `for f in iptables ip6tables; do for v in nft legacy; do $f-$v-save 2>/dev/null | grep ^-A; done; done; nft -s list table inet kuma-tproxy 2>/dev/null; ip -o address show dev lo | grep -o 'inet6 ::6.*'; true`)
+	return w.on("", "sh", "-c", `for f in iptables ip6tables; do for v in nft legacy; do $f-$v-save 2>/dev/null | grep ^-A; done; done; ip -o address show dev lo | grep -o 'inet6 ::6.*'; true`) + w.nftable()
 }
 
 // pending is what confirm --status says; nil where nothing waits.

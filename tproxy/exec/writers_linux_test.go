@@ -64,7 +64,7 @@ func (w *world) writers(f rules.Family) []*writer {
 		return err
 	}
 	out := []*writer{one, two}
-	if w.backend != tproxy.IPTablesNFT {
+	if w.variant() != tproxy.IPTablesNFT {
 		return out
 	}
 	family := "ip"
@@ -113,7 +113,7 @@ func TestStressOtherWriters(t *testing.T) {
 }
 
 func beside(t *testing.T, rounds int) {
-	eachVariant(t, func(w *world) {
+	eachBackend(t, func(w *world) {
 		w.on("", "ip", "link", "set", "eth0", "down")
 		for _, f := range rules.Families() {
 			w.on(quiet, w.program(f, "restore"), "--counters", "--noflush")
@@ -163,6 +163,9 @@ func beside(t *testing.T, rounds int) {
 		close(done)
 		group.Wait()
 		w.Logf("%d installs, upgrades and uninstalls in %s beside %d changes of others; tried again %d times", 3*rounds, time.Since(start).Round(time.Millisecond), steps, retries)
+		if left := w.nftable(); left != "" {
+			w.Errorf("left\n%s", left)
+		}
 		for _, f := range rules.Families() {
 			text := w.save(f)
 			if strings.Contains(onlyLines(text, "-j KUMA_MESH")+onlyLines(text, ":KUMA_MESH"), "KUMA") {

@@ -242,6 +242,21 @@ func (n *Native) Equal(m *Native) bool {
 		len(m.Strange) == 0 && len(NativeTransition(n, m)) == 0
 }
 
+// Same reports whether two readings are of one table that nobody has changed between
+// them: as Equal, but with what is Strange or Unknown, and with the order of all. What
+// was counted does not matter.
+func (n *Native) Same(m *Native) bool {
+	return n.Table == m.Table && slices.Equal(n.Strange, m.Strange) && slices.EqualFunc(n.Sets, m.Sets, func(a, b NativeSet) bool { return a.Name == b.Name && a.equal(b) }) &&
+		slices.EqualFunc(n.Chains, m.Chains, func(a, b NativeChain) bool {
+			return a.Name == b.Name && a.Type == b.Type && a.Hook == b.Hook && a.Priority == b.Priority &&
+				slices.EqualFunc(a.Rules, b.Rules, func(a, b NativeRule) bool {
+					unknown := a.Unknown == b.Unknown
+					a.Unknown, b.Unknown = "", ""
+					return unknown && a.Equal(b)
+				})
+		})
+}
+
 // Equal reports whether two rules are the same but for what they counted. One with
 // something Unknown in it equals none.
 func (r NativeRule) Equal(q NativeRule) bool {

@@ -43,6 +43,20 @@ func (n Native) Known() Native {
 	return n
 }
 
+// Others are what Known leaves out, in words, such as "a rule of chain nat.OUTPUT: tcp
+// option".
+func (n Native) Others() []string {
+	out := slices.Clone(n.Strange)
+	for _, c := range n.Chains {
+		for _, r := range c.Rules {
+			if r.Unknown != "" {
+				out = append(out, fmt.Sprintf("a rule of chain %s: %s", c.Name, r.Unknown))
+			}
+		}
+	}
+	return out
+}
+
 // only is the family that every rule is for, but for a record, which no packet meets;
 // or 0.
 func (n Native) only() (f Family) {

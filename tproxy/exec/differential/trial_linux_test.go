@@ -27,7 +27,7 @@ type flow struct {
 	server string
 }
 
-// trial is a config on a host, with one variant of iptables.
+// trial is a config on a host, with one backend.
 type trial struct {
 	seed    int
 	backend tproxy.Backend
@@ -358,6 +358,17 @@ func (t *trial) prepare(l *lab, plan *tproxy.Plan) (flows []flow, err error) {
 // listed is what the kernel lists.
 func (l *lab) listed(ctx context.Context, plan *tproxy.Plan) (map[rules.Family]rules.Set, error) {
 	out := map[rules.Family]rules.Set{}
+	if plan.Backend == tproxy.NFTables {
+		return out, l.In(l.Host, func() error {
+			live, err := new(exec.Runner).Live(ctx)
+			for _, r := range live.Rules {
+				if r.Backend == tproxy.NFTables {
+					out[r.Family] = r.Set
+				}
+			}
+			return err
+		})
+	}
 	for _, f := range plan.Families {
 		name := plan.Backend.String() + "-save"
 		if f == rules.IPv6 {

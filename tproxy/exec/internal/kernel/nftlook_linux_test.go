@@ -132,3 +132,26 @@ func TestRouteTo(t *testing.T) {
 		}
 	})
 }
+
+func TestNFTTracks(t *testing.T) {
+	all := func(NFTTable) bool { return true }
+	for text, want := range map[string]bool{
+		"": false,
+		"chain c { type nat hook output priority 0; tcp dport 80 accept; }":                false,
+		"chain c { type filter hook input priority 0; ct state established accept; }":      true,
+		"chain c { type nat hook output priority 0; tcp dport 80 redirect to :8080; }":     true,
+		"chain c { type nat hook postrouting priority 100; oifname eth9 masquerade; }":     true,
+		"chain c { type nat hook prerouting priority 0; dnat ip to 10.0.0.1; }":            true,
+		"chain c { type filter hook prerouting priority -300; meta l4proto udp notrack; }": false,
+	} {
+		inFreshNamespace(t, func(t *testing.T) {
+			run(t, "table inet mine {\n"+text+"\n}\n", "nft", "-f", "-")
+			if got, err := NFTTracks(all); err != nil || got != want {
+				t.Errorf("%q: %v, %v", text, got, err)
+			}
+			if got, err := NFTTracks(func(t NFTTable) bool { return t != NFTTable{"inet", "mine"} }); err != nil || got {
+				t.Errorf("%q, which does not count: %v, %v", text, got, err)
+			}
+		})
+	}
+}

@@ -217,11 +217,16 @@ func (c *Conn) drain() {
 // generation of the rules that was: all tables of the network namespace count as one.
 // What the table holds and no rules.Set.Native makes is in Strange, and in Unknown of
 // its rule.
+//
+// A reading counts if no commit came in between. Where others commit all the time, there
+// is none such: then two in a row that are the same do.
 func (c *Conn) List(table string) (*rules.Native, uint32, error) {
 	if c.stale {
 		c.drain()
 	}
 	what := fmt.Sprintf("table inet %q", table)
+	var last *rules.Native
+	read := false // last
 	for range readTries {
 		before, err := c.generation()
 		if err != nil {
@@ -235,9 +240,10 @@ func (c *Conn) List(table string) (*rules.Native, uint32, error) {
 		if err != nil {
 			return nil, 0, err
 		}
-		if whole && before == after {
+		if whole && before == after || read && (last == nil) == (n == nil) && (n == nil || n.Same(last)) {
 			return n, after, nil
 		}
+		last, read = n, n != nil || whole
 	}
 	return nil, 0, fmt.Errorf("nf_tables %s: %w", what, kernel.ErrChanging)
 }
@@ -268,7 +274,8 @@ func (c *Conn) ask(typ, flags uint16, request []byte, each func(body []byte)) (w
 	return !interrupted, err
 }
 
-// list reads the table once; whole is false if it changed meanwhile.
+// list reads the table once; whole is false if some table changed meanwhile, and then
+// it is nil where a part of it was there and is gone.
 func (c *Conn) list(table string) (_ *rules.Native, whole bool, err error) {
 	d := decoder{order: binary.NativeEndian, Native: rules.Native{Table: table}}
 	request := kernel.AppendAttr([]byte{familyInet, 0, 0, 0}, attrTable, append([]byte(table), 0))
@@ -280,8 +287,10 @@ func (c *Conn) list(table string) (_ *rules.Native, whole bool, err error) {
 	}
 	whole = true
 	dump := func(typ uint16, request []byte, each func([]byte)) {
-		if err == nil && whole {
-			whole, err = c.ask(typ, syscall.NLM_F_DUMP, request, each)
+		if err == nil {
+			var all bool
+			all, err = c.ask(typ, syscall.NLM_F_DUMP, request, each)
+			whole = whole && all
 		}
 	}
 	dump(getChain, request, d.chain)
