@@ -50,6 +50,7 @@ type node struct {
 	*testing.T
 	*netlab.Lab
 	cri.RuntimeServiceClient
+	backend tproxy.Backend
 	dir     string
 	bin     string // in front of PATH, for containerd and its plugins
 	log     string // of the plugin
@@ -74,7 +75,7 @@ func newNode(t *testing.T, backend tproxy.Backend) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := &node{T: t, Lab: l, dir: t.TempDir(), bin: t.TempDir(), cgroups: fmt.Sprintf("/kuma-tproxy-cri-%d", os.Getpid())}
+	n := &node{T: t, Lab: l, backend: backend, dir: t.TempDir(), bin: t.TempDir(), cgroups: fmt.Sprintf("/kuma-tproxy-cri-%d", os.Getpid())}
 	n.log = filepath.Join(n.dir, "kuma-cni.log")
 	t.Cleanup(n.end)
 	n.configure()
@@ -122,7 +123,7 @@ func (n *node) configure() {
 	n.write("net/10.conflist", fmt.Sprintf(`{"cniVersion":"1.0.0","name":"pods","plugins":[
  {"type":"bridge","bridge":"br-cri","isGateway":true,"ipam":{"type":"host-local","dataDir":%q,"ranges":[[{"subnet":"10.202.0.0/24"}],[{"subnet":"fd10::/64"}]],"routes":[{"dst":"0.0.0.0/0"},{"dst":"::/0"}]}},
  {"type":"kuma-cni","capabilities":{"io.kubernetes.cri.pod-annotations":true},"logFile":%q,"logLevel":"debug","config":{"backend":%q},
-  "settings":{"KUMA_RUNTIME_KUBERNETES_SIDECAR_TRAFFIC_EXCLUDE_INBOUND_PORTS":"4444"}}]}`, filepath.Join(n.dir, "ipam"), n.log, backend))
+  "settings":{"KUMA_RUNTIME_KUBERNETES_SIDECAR_TRAFFIC_EXCLUDE_INBOUND_PORTS":"4444"}}]}`, filepath.Join(n.dir, "ipam"), n.log, n.backend))
 	n.write("containerd.toml", fmt.Sprintf(`version = 2
 root = %q
 state = %q
