@@ -79,7 +79,7 @@ func newWorld(t testing.TB) *world {
 	w.Plugin = Plugin{
 		Runner: func(_ *slog.Logger, lockFile string) Runner { w.lockFile = lockFile; return w.fakeRunner },
 		Stdout: &w.out, Stderr: &w.log,
-		enter: func(_ *slog.Logger, path string, f func() error) (bool, error) {
+		enter: func(path string, f func() error) (bool, error) {
 			w.entered = append(w.entered, path)
 			if w.own || w.enterErr != nil {
 				return w.own, w.enterErr

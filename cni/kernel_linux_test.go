@@ -44,7 +44,7 @@ type lab struct {
 
 func newLab(t *testing.T) *lab {
 	t.Helper()
-	netlab.Require(t, "ip", "iptables-nft-save", "iptables-legacy-save")
+	netlab.Require(t, "ip", "nft", "iptables-nft-save", "iptables-legacy-save")
 	l, err := netlab.New(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -71,7 +71,8 @@ func (w *lab) add(a *skel.CmdArgs) {
 	}
 }
 
-// save is everything that iptables has in the pod, without counters.
+// save is everything that iptables has in the pod, and our table of nftables, without
+// counters.
 func (w *lab) save(n *netlab.Namespace) (all string) {
 	w.Helper()
 	for _, p := range []string{"iptables-nft-save", "ip6tables-nft-save", "iptables-legacy-save", "ip6tables-legacy-save"} {
@@ -85,8 +86,29 @@ func (w *lab) save(n *netlab.Namespace) (all string) {
 			}
 		}
 	}
-	return all
+	return all + w.table(n)
 }
+
+// table is our table of nftables as nft lists it, without counters; empty where there is
+// none.
+func (w *lab) table(n *netlab.Namespace) string {
+	w.Helper()
+	tables, err := w.Lab.Run(w.Context(), n, "", "nft", "list", "tables", "inet")
+	if err != nil {
+		w.Fatal(err)
+	}
+	if !strings.Contains(tables, tproxy.NFTable) {
+		return ""
+	}
+	text, err := w.Lab.Run(w.Context(), n, "", "nft", "--stateless", "list", "table", "inet", tproxy.NFTable)
+	if err != nil {
+		w.Fatal(err)
+	}
+	return text
+}
+
+// iptables is the entry's config for a variant of iptables.
+var iptables = map[string]any{"config": map[string]string{"backend": "iptables-nft"}}
 
 // proxy starts a proxy in the pod, and servers around.
 func (w *lab) proxy() {
@@ -137,7 +159,7 @@ func (w *lab) direct() {
 var excluded = []string{"traffic.kuma.io/exclude-inbound-ports", "1234", "traffic.kuma.io/exclude-outbound-ports-for-uids", "tcp:*:1001;"}
 
 func TestPod(t *testing.T) {
-	for _, backend := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+	for _, backend := range []tproxy.Backend{tproxy.Auto, tproxy.NFTables, tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
 		t.Run(backend.String(), func(t *testing.T) {
 			w := newLab(t)
 			outside := w.save(w.Client)
@@ -151,6 +173,10 @@ func TestPod(t *testing.T) {
 			}
 			w.meshed()
 			installed := w.save(w.Host)
+			native := backend == tproxy.Auto || backend == tproxy.NFTables
+			if native != (w.table(w.Host) == installed) || native != strings.Contains(w.log.String(), `"backend":"nftables"`) || native != strings.Contains(w.log.String(), `"processes":0`) {
+				t.Errorf("installed: %s\n%s", installed, &w.log)
+			}
 			w.add(a) // the same again
 			if again := w.save(w.Host); again != installed || !strings.Contains(w.log.String(), `"changed":false`) {
 				t.Errorf("changed by the same again: %s", again)
@@ -185,42 +211,58 @@ func TestPod(t *testing.T) {
 
 // CHECK sees what is taken out of the rules, or put in, and that all are gone.
 func TestCheckSeesDrift(t *testing.T) {
-	w := newLab(t)
-	nobody := w.args(map[string]any{"runtimeConfig": nil})
-	if err := w.plugin.check(t.Context(), nobody); err != nil {
-		t.Errorf("a pod that never had rules: %v", err)
-	}
-	a := w.args(nil, excluded...)
-	w.add(a)
-	for _, c := range []struct{ do, undo string }{
-		{"iptables-nft -t nat -D KUMA_MESH_INBOUND 1", ""},
-		{"ip6tables-nft -t nat -I KUMA_MESH_OUTBOUND 1 -p tcp --dport 9 -j RETURN", "ip6tables-nft -t nat -D KUMA_MESH_OUTBOUND 1"},
-		{"ip -6 address delete ::6/128 dev lo", ""},
-		{"iptables-nft -t nat -F && ip6tables-nft -t nat -F", ""},
+	for backend, edits := range map[tproxy.Backend]struct {
+		drift []string
+		gone  string
+	}{
+		tproxy.IPTablesNFT: {[]string{
+			"iptables-nft -t nat -D KUMA_MESH_INBOUND 1",
+			"ip6tables-nft -t nat -I KUMA_MESH_OUTBOUND 1 -p tcp --dport 9 -j RETURN",
+			"ip -6 address delete ::6/128 dev lo",
+			"iptables-nft -t nat -F && ip6tables-nft -t nat -F",
+		}, "for f in iptables-nft ip6tables-nft; do for t in nat raw; do $f -t $t -F; $f -t $t -X; done; done"},
+		tproxy.NFTables: {[]string{
+			"nft flush chain inet kuma-tproxy nat.KUMA_MESH_INBOUND",
+			"nft insert rule inet kuma-tproxy nat.KUMA_MESH_OUTBOUND tcp dport 9 return",
+			"ip -6 address delete ::6/128 dev lo",
+			"nft flush table inet kuma-tproxy",
+		}, "nft delete table inet kuma-tproxy"},
 	} {
-		if _, err := w.Lab.Run(t.Context(), w.Host, "", "sh", "-c", c.do); err != nil {
-			t.Fatal(err)
+		t.Run(backend.String(), func(t *testing.T) {
+			newLab(t).checks(backend, edits.drift, edits.gone)
+		})
+	}
+}
+
+func (w *lab) checks(backend tproxy.Backend, drift []string, gone string) {
+	w.Helper()
+	ctx, p := w.Context(), &w.plugin
+	more := map[string]any{"config": map[string]string{"backend": backend.String()}}
+	a, nobody := w.args(more, excluded...), w.args(map[string]any{"runtimeConfig": nil})
+	if err := p.check(ctx, nobody); err != nil {
+		w.Errorf("a pod that never had rules: %v", err)
+	}
+	w.add(a)
+	for _, do := range drift {
+		if _, err := w.Lab.Run(ctx, w.Host, "", "sh", "-c", do); err != nil {
+			w.Fatal(err)
 		}
 		for _, a := range []*skel.CmdArgs{a, nobody} {
-			if e := cniError(t, w.plugin.check(t.Context(), a)); e.Code != ErrDiffers && e.Code != ErrUntold {
-				t.Errorf("%s: %v", c.do, e)
+			if e := cniError(w.T, p.check(ctx, a)); e.Code != ErrDiffers && e.Code != ErrUntold {
+				w.Errorf("%s: %v", do, e)
 			}
 		}
 		w.add(a)
-		if err := w.plugin.check(t.Context(), a); err != nil {
-			t.Errorf("ADD does not mend %s: %v", c.do, err)
+		if err := p.check(ctx, a); err != nil {
+			w.Errorf("ADD does not mend %s: %v", do, err)
 		}
 	}
-	for _, f := range []string{"iptables-nft", "ip6tables-nft"} {
-		for _, table := range []string{"nat", "raw"} {
-			if _, err := w.Lab.Run(t.Context(), w.Host, "", "sh", "-c", fmt.Sprintf("%s -t %s -F; %[1]s -t %[2]s -X", f, table)); err != nil {
-				t.Fatal(err)
-			}
-		}
+	if _, err := w.Lab.Run(ctx, w.Host, "", "sh", "-c", gone); err != nil {
+		w.Fatal(err)
 	}
 	for _, a := range []*skel.CmdArgs{a, nobody} {
-		if e := cniError(t, w.plugin.check(t.Context(), a)); e.Code != ErrDiffers || !strings.Contains(e.Msg, "nothing is installed") {
-			t.Errorf("all gone: %v", e)
+		if e := cniError(w.T, p.check(ctx, a)); e.Code != ErrDiffers || !strings.Contains(e.Msg, "nothing is installed") {
+			w.Errorf("all gone: %v", e)
 		}
 	}
 }
@@ -252,7 +294,7 @@ func TestNoNamespace(t *testing.T) {
 	a := w.args(nil)
 	a.Netns = "/proc/self/ns/net"
 	w.add(a)
-	out, err := osexec.Command("iptables-nft-save").Output()
+	out, err := osexec.Command("nft", "list", "ruleset").Output()
 	if err != nil || bytes.Contains(out, []byte("KUMA")) {
 		t.Errorf("%v: %s", err, out)
 	}
@@ -345,11 +387,11 @@ func TestPodsAtOnce(t *testing.T) {
 		if errs[i] != nil {
 			t.Error(errs[i])
 		}
-		if saved := w.save(w.Host); strings.Count(saved, fmt.Sprintf("--dports %d,9001 ", 100+i)) != 2 {
+		if saved := w.save(w.Host); strings.Count(saved, fmt.Sprintf("elements = { %d, 9001 }", 100+i)) != 1 {
 			t.Errorf("pod %d has %s", i, saved)
 		}
 	}
-	if here, err := osexec.Command("iptables-nft-save").Output(); err != nil || bytes.Contains(here, []byte("KUMA")) {
+	if here, err := osexec.Command("nft", "list", "ruleset").Output(); err != nil || bytes.Contains(here, []byte("KUMA")) {
 		t.Errorf("%v: %s", err, here)
 	}
 }
@@ -378,9 +420,18 @@ func TestHostsFilesDoNotCount(t *testing.T) {
 }
 
 // What an ADD reads and starts, told by strace: no name service is asked, neither by the
-// plugin nor by iptables, which has but empty files to look into.
+// plugin nor by iptables, which has but empty files to look into. With nftables nothing is
+// started, and no mount namespace made.
 func TestAddReadsNothingOfTheHosts(t *testing.T) {
-	w := newLab(t)
+	for backend, programs := range map[tproxy.Backend]int{
+		tproxy.Auto: 1, tproxy.IPTablesNFT: 3, // the plugin itself, and a restore for each family
+	} {
+		t.Run(backend.String(), func(t *testing.T) { newLab(t).reads(backend, programs) })
+	}
+}
+
+func (w *lab) reads(backend tproxy.Backend, want int) {
+	t := w.T
 	netlab.Require(t, "strace")
 	self, err := os.Executable()
 	plugin, trace := filepath.Join(t.TempDir(), "kuma-cni"), filepath.Join(t.TempDir(), "trace")
@@ -390,8 +441,8 @@ func TestAddReadsNothingOfTheHosts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := osexec.Command("strace", "-f", "-qq", "-e", "trace=open,openat,execve,connect", "-o", trace, plugin)
-	a := w.args(nil)
+	cmd := osexec.Command("strace", "-f", "-qq", "-e", "trace=open,openat,execve,connect,unshare", "-o", trace, plugin)
+	a := w.args(map[string]any{"config": map[string]string{"backend": backend.String()}})
 	cmd.Stdin = bytes.NewReader(a.StdinData)
 	cmd.Env = append(os.Environ(), "CNI_COMMAND=ADD", "CNI_CONTAINERID=c1", "CNI_NETNS="+a.Netns, "CNI_IFNAME=eth0", "CNI_PATH=/nowhere", "CNI_ARGS="+a.Args)
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -401,28 +452,29 @@ func TestAddReadsNothingOfTheHosts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	programs := 0
+	programs, unshared := 0, false
 	for line := range strings.Lines(string(text)) {
 		if strings.Contains(line, "execve(") && !strings.Contains(line, "ENOENT") {
 			programs++
 		}
+		unshared = unshared || strings.Contains(line, "unshare(")
 		for _, bad := range []string{"resolv.conf", "/etc/group", "nscd", "libnss", "userdb", "systemd", `"/proc/net`, `"/proc/self/net`, "/etc/hosts"} {
 			if strings.Contains(line, bad) && !strings.Contains(line, "ENOENT") && !strings.Contains(line, "ECONNREFUSED") {
 				t.Errorf("%s", line)
 			}
 		}
 	}
-	if programs != 3 { // the plugin itself, and a restore for each family
-		t.Errorf("%d programs were started:\n%s", programs, text)
+	if programs != want || unshared != (want > 1) {
+		t.Errorf("%d programs were started, not %d; a mount namespace was made: %t\n%s", programs, want, unshared, text)
 	}
 }
 
 // The same pod gets the same rules as from kuma-init: from the Config alone, that is.
 func TestRulesAreThoseOfTheConfig(t *testing.T) {
 	w := newLab(t)
-	w.add(w.args(nil, excluded...))
+	w.add(w.args(iptables, excluded...))
 	var c struct{ Config tproxy.Config }
-	if err := json.Unmarshal([]byte(`{"config":{"kumaDPUser":"5678","cniMode":true,"redirect":{"inbound":{"excludePorts":[1234,9001]},"outbound":{"excludePortsForUIDs":["tcp::1001"]},"dns":{"enabled":true,"captureAll":true}}}}`), &c); err != nil {
+	if err := json.Unmarshal([]byte(`{"config":{"kumaDPUser":"5678","backend":"iptables-nft","cniMode":true,"redirect":{"inbound":{"excludePorts":[1234,9001]},"outbound":{"excludePortsForUIDs":["tcp::1001"]},"dns":{"enabled":true,"captureAll":true}}}}`), &c); err != nil {
 		t.Fatal(err)
 	}
 	plan, err := tproxy.Build(c.Config, tproxy.Host{})

@@ -70,7 +70,7 @@ func TestSameRulesAsKumaInit(t *testing.T) {
 func words(save string) string {
 	var out strings.Builder
 	for line := range strings.Lines(save) {
-		if strings.Contains(line, "-A KUMA_MESH_RECORD ") {
+		if strings.Contains(line, "kuma/mesh/transparent/proxy/kuma-tproxy 1 ") {
 			line = sumOfConfig.FindString(line)
 		}
 		out.WriteString(line)

@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/kumahq/kuma-tproxy/internal/netlab"
+	"github.com/kumahq/kuma-tproxy/tproxy"
 )
 
 // standard is where a distribution puts the plugins of containernetworking/plugins.
@@ -160,7 +161,7 @@ func TestLibCNI(t *testing.T) {
 						t.Errorf("CHECK: %v", err)
 					}
 				}
-				if _, err := r.Lab.Run(ctx, r.Host, "", "iptables-nft", "-t", "nat", "-D", "KUMA_MESH_OUTBOUND", "1"); err != nil {
+				if _, err := r.Lab.Run(ctx, r.Host, "", "nft", "flush", "chain", "inet", tproxy.NFTable, "nat.KUMA_MESH_OUTBOUND"); err != nil {
 					t.Fatal(err)
 				}
 				for _, c := range []*libcni.RuntimeConf{r.conf, r.gone()} {

@@ -50,7 +50,7 @@ func openNamespace(path string) (*os.File, error) {
 // inNamespace runs f on a thread in the network namespace of the path, in which alone
 // that thread ever is: it ends with f. With ours or process 1's nothing is run, and own
 // is true: that is the host's network.
-func inNamespace(log *slog.Logger, path string, f func() error) (own bool, err error) {
+func inNamespace(path string, f func() error) (own bool, err error) {
 	ns, err := openNamespace(path)
 	if err != nil {
 		return false, err
@@ -68,7 +68,6 @@ func inNamespace(log *slog.Logger, path string, f func() error) (own bool, err e
 		if err != nil {
 			err = fmt.Errorf("setns(2) to %s: %w", path, err)
 		} else {
-			hideNames(log)
 			err = f()
 		}
 		done <- err
@@ -79,8 +78,8 @@ func inNamespace(log *slog.Logger, path string, f func() error) (own bool, err e
 // nameFiles are the C library's ways to users (nsswitch.conf(5), passwd(5), nscd(8)).
 var nameFiles = []string{"/etc/nsswitch.conf", "/etc/passwd", "/var/run/nscd/socket"}
 
-// hideNames keeps the programs that this thread starts from looking for users, in a mount
-// namespace that it alone has: iptables asks for a user of the name of each number that a
+// hideNames, on a thread of inNamespace's, keeps the programs that it starts from looking
+// for users, in a mount namespace that it alone has: iptables asks for a user of the name of each number that a
 // rule has (owner_mt_parse, extensions/libxt_owner.c), and behind that may be a daemon, a
 // network that is not there yet, or a module that loops (kumahq/kuma#11038). Where it
 // cannot be done the rules are the same: no user's name is a range, as which numbers are

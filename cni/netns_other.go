@@ -7,8 +7,10 @@ import (
 	"log/slog"
 )
 
-func inNamespace(*slog.Logger, string, func() error) (own bool, err error) {
+func inNamespace(string, func() error) (own bool, err error) {
 	return false, errors.ErrUnsupported
 }
+
+func hideNames(*slog.Logger) {}
 
 func gone(error) bool { return false }

@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"slices"
+	"sync"
 	"syscall"
 	"time"
 
@@ -52,7 +53,7 @@ type Plugin struct {
 	Stdout, Stderr io.Writer
 
 	// enter is inNamespace, but for tests.
-	enter func(log *slog.Logger, path string, f func() error) (own bool, err error)
+	enter func(path string, f func() error) (own bool, err error)
 }
 
 // Main is the body of the program: it answers the command in the environment (CNI_COMMAND)
@@ -100,15 +101,22 @@ func (p *Plugin) runner(log *slog.Logger, lockFile string) Runner {
 	if p.Runner != nil {
 		return p.Runner(log, lockFile)
 	}
-	return &exec.Runner{Log: log, Version: p.Version, FilesElsewhere: true, LockFile: lockFile}
+	r := &exec.Runner{Log: log, Version: p.Version, FilesElsewhere: true, LockFile: lockFile}
+	if lockFile != "" { // it is used in a pod's namespace
+		r.BeforeProgram = sync.OnceFunc(func() { hideNames(log) })
+	}
+	return r
 }
 
 // in runs f on a thread in the pod's namespace.
 func (c *call) in(f func() error) (own bool, err error) {
 	if c.enter != nil {
-		return c.enter(c.log, c.pod.NetNS, f)
+		return c.enter(c.pod.NetNS, f)
 	}
-	return inNamespace(c.log, c.pod.NetNS, f)
+	if c.Runner == nil {
+		return inNamespace(c.pod.NetNS, f)
+	}
+	return inNamespace(c.pod.NetNS, func() error { hideNames(c.log); return f() }) // what an embedder's starts is not known
 }
 
 func buildVersion() string {

@@ -28,6 +28,7 @@ type bench struct {
 	plugins, program, dir string
 	backend               tproxy.Backend
 	scripts               [2][]byte // of both families
+	table                 []byte    // for nft, with backend nftables
 	processes             int
 	pods                  atomic.Int64
 }
@@ -101,8 +102,46 @@ func (b *bench) ours(previous json.RawMessage, injected bool) []byte {
 var processes = regexp.MustCompile(`"processes":(\d+)`)
 
 // prepare makes what has to be there once, loads modules and programs, and takes the text
-// that the bare restores are given from a pod of our own plugin.
+// that the bare programs are given from pods of our own plugin.
 func (b *bench) prepare() error {
+	backend := b.backend
+	b.backend, b.table = b.variant(), nil
+	err := b.sample(func(p *pod) error {
+		for i, f := range rules.Families() {
+			saved, err := b.in(p, nil, b.restore(f, "-save"))
+			if err != nil {
+				return err
+			}
+			all, err := rules.ParseSave(f, saved)
+			if err != nil {
+				return err
+			}
+			b.scripts[i] = rules.Transition(f, rules.Set{}, tproxy.Find(f, all).Ours)
+		}
+		return nil
+	})
+	if b.backend = backend; backend == tproxy.NFTables && err == nil {
+		err = b.sample(func(p *pod) (err error) {
+			b.table, err = b.in(p, nil, "nft", "--stateless", "list", "table", "inet", tproxy.NFTable)
+			return err
+		})
+	}
+	if err == nil && (len(b.scripts[0]) == 0 || len(b.scripts[1]) == 0) {
+		err = errors.New("the plugin has installed nothing")
+	}
+	return err
+}
+
+// variant is that of the bare restores.
+func (b *bench) variant() tproxy.Backend {
+	if b.backend == tproxy.NFTables {
+		return tproxy.IPTablesNFT
+	}
+	return b.backend
+}
+
+// sample looks at a pod of ours.
+func (b *bench) sample(look func(*pod) error) error {
 	p, err := b.newPod()
 	if err != nil {
 		return err
@@ -118,26 +157,13 @@ func (b *bench) prepare() error {
 	if m := processes.FindAllSubmatch(log, -1); m != nil {
 		b.processes, _ = strconv.Atoi(string(m[len(m)-1][1])) // digits
 	}
-	for i, f := range rules.Families() {
-		saved, err := b.in(p, nil, b.restore(f, "-save"))
-		if err != nil {
-			return err
-		}
-		all, err := rules.ParseSave(f, saved)
-		if err != nil {
-			return err
-		}
-		b.scripts[i] = rules.Transition(f, rules.Set{}, tproxy.Find(f, all).Ours)
-	}
-	if len(b.scripts[0]) == 0 || len(b.scripts[1]) == 0 {
-		return errors.New("the plugin has installed nothing")
-	}
-	_, _, err2 := b.bridge("DEL", p)
-	return errors.Join(err, err2, p.end())
+	err2 := look(p)
+	_, _, err3 := b.bridge("DEL", p)
+	return errors.Join(err, err2, err3, p.end())
 }
 
 func (b *bench) restore(f rules.Family, verb string) string {
-	name := b.backend.String()
+	name := b.variant().String()
 	if f == rules.IPv6 {
 		name = "ip6" + strings.TrimPrefix(name, "ip")
 	}
@@ -219,6 +245,31 @@ func (b *bench) without(note func(string, time.Duration)) error {
 
 // bare is what nobody can do with fewer processes of iptables.
 func (b *bench) bare(note func(string, time.Duration)) error {
+	return b.programs(note, addBare, func(p *pod) (err error) {
+		for i, f := range rules.Families() {
+			cmd := osexec.Command(b.restore(f, "-restore"), "--noflush", "--wait=5")
+			cmd.Stdin = bytes.NewReader(b.scripts[i])
+			cmd.Env = append(os.Environ(), "XTABLES_LOCKFILE="+p.path)
+			err = errors.Join(err, cmd.Run())
+		}
+		return err
+	})
+}
+
+// loaded is the same for our table of nftables.
+func (b *bench) loaded(note func(string, time.Duration)) error {
+	if b.table == nil {
+		return nil
+	}
+	return b.programs(note, addTable, func(*pod) error {
+		cmd := osexec.Command("nft", "-f", "-")
+		cmd.Stdin = bytes.NewReader(b.table)
+		return cmd.Run()
+	})
+}
+
+// programs runs what takes a pod of the chain without us, in its namespace.
+func (b *bench) programs(note func(string, time.Duration), what string, run func(*pod) error) error {
 	p, err := b.newPod()
 	if err != nil {
 		return err
@@ -229,15 +280,10 @@ func (b *bench) bare(note func(string, time.Duration)) error {
 	var took time.Duration
 	err2 := inside(p, func() {
 		start := time.Now()
-		for i, f := range rules.Families() {
-			cmd := osexec.Command(b.restore(f, "-restore"), "--noflush", "--wait=5")
-			cmd.Stdin = bytes.NewReader(b.scripts[i])
-			cmd.Env = append(os.Environ(), "XTABLES_LOCKFILE="+p.path)
-			err = errors.Join(err, cmd.Run())
-		}
+		err = run(p)
 		took = time.Since(start)
 	})
-	note(addBare, took)
+	note(what, took)
 	_, _, err3 := b.bridge("DEL", p)
 	return errors.Join(err, err2, err3, p.end())
 }

@@ -4,7 +4,8 @@
 // program as the second plugin of a chain behind the bridge plugin of
 // containernetworking/plugins, in a fresh network namespace each time, against the same
 // chain without it and against the bare iptables-restore --noflush and ip6tables-restore
-// --noflush of the same text in a namespace that the same chain has made.
+// --noflush of the same rules in a namespace that the same chain has made. With nftables,
+// the restores are those of iptables-nft, and nft -f loads the table.
 //
 // Everything is interleaved in one run, in an order that turns from round to round, in
 // network and mount namespaces of its own. It needs root and the package
@@ -87,7 +88,7 @@ func run(args []string) error {
 	var text bytes.Buffer
 	fmt.Fprintf(&text, "Command: go run ./bench/cni %s\nDate: %s\nKernel: %s\niptables: %s\nRounds: %d, interleaved, each in a fresh network namespace; %d times %d pods at once\n",
 		strings.Join(args, " "), *date, kernelRelease(), iptablesVersion(), *rounds, *bursts, *parallel)
-	for _, backend := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+	for _, backend := range tproxy.Backends() {
 		if err := b.measure(&text, backend, *rounds, *bursts, *parallel); err != nil {
 			return err
 		}
@@ -123,7 +124,7 @@ func (s series) String() string {
 	return fmt.Sprintf("%8.2f %8.2f", ms(crowd.Median(s)), ms(sorted[(len(sorted)-1)*99/100]))
 }
 
-// measure does all for one variant of iptables.
+// measure does all for one backend.
 func (b *bench) measure(w io.Writer, backend tproxy.Backend, rounds, bursts, parallel int) error {
 	b.backend = backend
 	if err := b.prepare(); err != nil {
@@ -131,7 +132,7 @@ func (b *bench) measure(w io.Writer, backend tproxy.Backend, rounds, bursts, par
 	}
 	times := map[string]series{}
 	note := func(what string, d time.Duration) { times[what] = append(times[what], d) }
-	roles := []func(func(string, time.Duration)) error{b.with, b.without, b.bare, b.alone}
+	roles := []func(func(string, time.Duration)) error{b.with, b.without, b.bare, b.loaded, b.alone}
 	for round := range rounds {
 		for k := range roles {
 			if err := roles[(k+round)%len(roles)](note); err != nil {
@@ -146,11 +147,16 @@ func (b *bench) measure(w io.Writer, backend tproxy.Backend, rounds, bursts, par
 		return err
 	}
 	fmt.Fprintf(w, "\n%s\n%-64s %8s %8s\n", backend, "wall ms", "median", "p99")
-	for _, what := range []string{addBridge, addOurs, addChain, addBare, addAlone, delBridge, delOurs, delChain} {
-		fmt.Fprintf(w, "%-64s %s\n", what, times[what])
+	for _, what := range []string{addBridge, addOurs, addChain, addBare, addTable, addAlone, delBridge, delOurs, delChain} {
+		if len(times[what]) > 0 {
+			fmt.Fprintf(w, "%-64s %s\n", what, times[what])
+		}
 	}
 	ratio := func(what, to string) float64 { return crowd.Median(crowd.Ratios(times[what], times[to])) }
 	fmt.Fprintf(w, "our part of ADD to the bare restore: %.2f; of the medians: %.2f\n", ratio(addOurs, addBare), float64(crowd.Median(times[addOurs]))/float64(crowd.Median(times[addBare])))
+	if len(times[addTable]) > 0 {
+		fmt.Fprintf(w, "our part of ADD to nft -f: %.2f\n", ratio(addOurs, addTable))
+	}
 	fmt.Fprintf(w, "ADD of the chain with us to without: %.2f; DEL: %.2f\n", ratio(addChain, addBridge), ratio(delChain, delBridge))
 	fmt.Fprintf(w, "processes that an ADD starts beside the plugin itself: %d; peak memory of the plugin's process: %.1f MiB\n", b.processes, float64(memory)/1024)
 	return b.burst(w, bursts, parallel)
@@ -179,7 +185,8 @@ const (
 	addBridge = "ADD, the chain without us: bridge, host-local"
 	addOurs   = "ADD, our part: the process kuma-cni"
 	addChain  = "ADD, the chain with us"
-	addBare   = "the bare restores of the same text"
+	addBare   = "the bare restores of the same rules"
+	addTable  = "nft -f of the same table"
 	addAlone  = "ADD, our part, for a pod without a sidecar"
 	delBridge = "DEL, the chain without us"
 	delOurs   = "DEL, our part"

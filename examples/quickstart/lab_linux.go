@@ -25,10 +25,8 @@ func enter() (code int, inside bool, err error) {
 	if err := os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin"); err != nil {
 		return 1, false, err
 	}
-	for _, program := range []string{"iptables-save", "ip"} {
-		if _, err := osexec.LookPath(program); err != nil {
-			return 1, false, err
-		}
+	if _, err := osexec.LookPath("ip"); err != nil { // of the lab, not of the library
+		return 1, false, err
 	}
 	return netlab.Reexec()
 }
@@ -42,6 +40,10 @@ type stage struct {
 	host   tproxy.Host
 	plan   *tproxy.Plan
 	wrong  int
+	// others are the programs of iptables by which others have rules there, per family;
+	// none where iptables is not installed.
+	others    map[rules.Family]string
+	processes int // that installs have started
 }
 
 func demo(ctx context.Context, p *page) (int, error) {
@@ -138,8 +140,14 @@ func (s *stage) open(ctx context.Context) error {
 	if err := proxy.Start(s.lab); err != nil {
 		return err
 	}
-	for program, network := range map[string]string{"iptables-restore": "192.0.2.0/24", "ip6tables-restore": "2001:db8::/32"} {
-		if _, err := s.lab.Run(ctx, s.lab.Host, fmt.Sprintf(foreign, network), program, "--noflush", "--counters"); err != nil {
+	s.others = map[rules.Family]string{}
+	for f, network := range map[rules.Family]string{rules.IPv4: "192.0.2.0/24", rules.IPv6: "2001:db8::/32"} {
+		program := map[rules.Family]string{rules.IPv4: "iptables", rules.IPv6: "ip6tables"}[f]
+		if _, err := osexec.LookPath(program + "-restore"); err != nil {
+			continue
+		}
+		s.others[f] = program
+		if _, err := s.lab.Run(ctx, s.lab.Host, fmt.Sprintf(foreign, network), program+"-restore", "--noflush", "--counters"); err != nil {
 			return err
 		}
 	}
@@ -164,7 +172,10 @@ func (s *stage) open(ctx context.Context) error {
 
 func (s *stage) apply(ctx context.Context, plan *tproxy.Plan) error {
 	return s.lab.In(s.lab.Host, func() error {
-		_, err := s.runner.Apply(ctx, plan)
+		report, err := s.runner.Apply(ctx, plan)
+		if err == nil {
+			s.processes += report.Processes
+		}
 		return err
 	})
 }
@@ -221,39 +232,39 @@ func (s *stage) send(f flow) (string, error) {
 // live is what the kernel lists.
 func (s *stage) live(ctx context.Context) (map[rules.Family]rules.Set, error) {
 	out := map[rules.Family]rules.Set{}
-	for _, f := range rules.Families() {
-		text, err := s.save(ctx, f)
-		if err != nil {
-			return nil, err
+	err := s.lab.In(s.lab.Host, func() error {
+		live, err := s.runner.Live(ctx)
+		for _, r := range live.Rules {
+			if r.Backend == s.plan.Backend {
+				out[r.Family] = r.Set
+			}
 		}
-		if out[f], err = rules.ParseSave(f, []byte(text)); err != nil {
-			return nil, err
-		}
-	}
-	return out, nil
+		return err
+	})
+	return out, err
 }
 
-func (s *stage) save(ctx context.Context, f rules.Family, args ...string) (string, error) {
-	v, _ := s.host.Variant(s.plan.Backend)
-	return s.lab.Run(ctx, s.lab.Host, "", v.For(f).Save, args...)
-}
-
-// control deletes the rule that protects SSH and runs the same table again: a
+// control takes out the rule that protects SSH and runs the same table again: a
 // table that cannot turn red shows nothing.
 func (s *stage) control(ctx context.Context) error {
-	s.heading("Control: the rule that protects SSH is deleted, and the same table runs again")
-	v, _ := s.host.Variant(s.plan.Backend)
-	for _, f := range s.plan.Families {
-		chain, _ := s.plan.Rules.Lower(f).Chain(rules.NAT, "KUMA_MESH_INBOUND")
-		i := slices.IndexFunc(chain.Rules, func(r rules.Rule) bool { return strings.HasPrefix(r.Why, "SSH") })
-		if i < 0 {
-			return errors.New("there is no rule that protects SSH")
+	s.heading("Control: the rule that protects SSH is taken out, and the same table runs again")
+	without := *s.plan
+	without.Rules.Chains = slices.Clone(s.plan.Rules.Chains)
+	found := false
+	for i, c := range without.Rules.Chains {
+		j := slices.IndexFunc(c.Rules, func(r rules.Rule) bool { return strings.HasPrefix(r.Why, "SSH") })
+		if j < 0 {
+			continue
 		}
-		line := fmt.Sprintf("-D %s %d", chain.Name, i+1)
-		s.linef("%s: %s", f, line)
-		if _, err := s.lab.Run(ctx, s.lab.Host, "*nat\n"+line+"\nCOMMIT\n", v.For(f).Restore, "--noflush"); err != nil {
-			return err
-		}
+		found = true
+		s.linef("%s #%d: %s", c.Name, j+1, c.Rules[j])
+		without.Rules.Chains[i].Rules = slices.Delete(slices.Clone(c.Rules), j, j+1)
+	}
+	if !found {
+		return errors.New("there is no rule that protects SSH")
+	}
+	if err := s.apply(ctx, &without); err != nil {
+		return err
 	}
 	s.linef("")
 	wrong, err := s.flows(ctx)
@@ -303,7 +314,7 @@ func (s *stage) load(ctx context.Context) error {
 		return fmt.Errorf("long-lived connections: %w", err)
 	}
 	const duration = 3 * time.Second
-	installs := 0
+	installs, started := 0, s.processes
 	for start := time.Now(); time.Since(start) < duration && err == nil; installs++ {
 		next := plan
 		if installs%2 == 1 {
@@ -315,7 +326,7 @@ func (s *stage) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.linef("%d re-installs in %s; a connection that the proxy did not see has escaped", installs, duration)
+	s.linef("%d re-installs in %s, which started %d processes; a connection that the proxy did not see has escaped", installs, duration, s.processes-started)
 	var rows [][]cell
 	for _, t := range tallies {
 		rows = append(rows, []cell{
@@ -371,8 +382,8 @@ func (s *stage) uninstall(ctx context.Context, before []hash) error {
 // hash is of the text of one table.
 type hash struct{ what, sum string }
 
-// hashes returns one for each table of each family, and one for the addresses of
-// lo. Left out is what changes by itself: the time, and the packets that passed a
+// hashes returns one for each table of each family, where iptables shows them, one for
+// the addresses of lo, and one for what is ours. Left out is what changes by itself: the time, and the packets that passed a
 // built-in chain.
 func (s *stage) hashes(ctx context.Context) ([]hash, error) {
 	var out []hash
@@ -380,7 +391,11 @@ func (s *stage) hashes(ctx context.Context) ([]hash, error) {
 		out = append(out, hash{what, fmt.Sprintf("%x", sha256.Sum256([]byte(text)))[:16]})
 	}
 	for _, f := range rules.Families() {
-		text, err := s.save(ctx, f, "-c")
+		program, ok := s.others[f]
+		if !ok {
+			continue
+		}
+		text, err := s.lab.Run(ctx, s.lab.Host, "", program+"-save", "-c")
 		if err != nil {
 			return nil, err
 		}
@@ -409,5 +424,9 @@ func (s *stage) hashes(ctx context.Context) ([]hash, error) {
 		return nil, err
 	}
 	sum("addresses of lo", text)
-	return out, nil
+	return out, s.lab.In(s.lab.Host, func() error {
+		i, err := s.runner.Installed(ctx)
+		sum("what is installed", fmt.Sprint(i))
+		return err
+	})
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	osexec "os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -12,8 +13,42 @@ import (
 
 func TestMain(m *testing.M) { netlab.Main(m) }
 
+// The demo, with rules of others where there is iptables, and on a machine that has neither
+// that nor nft.
 func TestDemo(t *testing.T) {
-	netlab.Require(t, "ip", "iptables-save", "ip6tables-save")
+	t.Run("beside iptables", func(t *testing.T) {
+		netlab.Require(t, "ip", "iptables-save", "ip6tables-save")
+		demonstrated(t, "IPv4 filter", "IPv6 raw", "equal")
+	})
+	t.Run("without iptables and nft", func(t *testing.T) {
+		netlab.Require(t, "ip")
+		hide(t)
+		demonstrated(t, "addresses of lo", "equal", "what is installed", "equal")
+	})
+}
+
+// hide takes every program of netfilter out of this process's sight.
+func hide(t *testing.T) {
+	t.Helper()
+	if err := os.WriteFile("/run/hidden", nil, 0o644); err != nil { // of this process's own
+		t.Fatal(err)
+	}
+	for _, folder := range []string{"/usr/sbin", "/usr/bin", "/sbin", "/bin"} {
+		programs, _ := filepath.Glob(folder + "/*tables*")
+		for _, p := range append(programs, folder+"/nft") {
+			if target, err := filepath.EvalSymlinks(p); err == nil && syscall.Mount("/run/hidden", target, "", syscall.MS_BIND, "") == nil {
+				t.Cleanup(func() { _ = syscall.Unmount(target, syscall.MNT_DETACH) })
+			}
+		}
+	}
+	for _, p := range []string{"nft", "iptables", "iptables-save", "iptables-nft-restore", "ip6tables-legacy-restore"} {
+		if at, err := osexec.LookPath(p); err == nil {
+			t.Fatalf("%s is not hidden", at)
+		}
+	}
+}
+
+func demonstrated(t *testing.T, uninstalled ...string) {
 	for _, key := range []string{"SSH_CONNECTION", "KUBERNETES_SERVICE_HOST"} {
 		t.Setenv(key, "") // the demo unsets them
 	}
@@ -23,17 +58,17 @@ func TestDemo(t *testing.T) {
 	if err != nil || code != 0 {
 		t.Fatalf("exit code %d, %v", code, err)
 	}
-	inOrder(t, b.String(),
+	inOrder(t, b.String(), append([]string{
 		"== The script", "# SSH is protected",
 		"== Flows", "SEEN", "15 flows, 0 wrong",
-		"== Control", "RED", "2 lines red, as they should be",
-		"== Re-install under load", "escaped",
-		"== Uninstalled", "IPv4 filter", "IPv6 raw", "equal")
+		"== Control", "RED", "2 lines red, as they should be", "missing rule",
+		"== Re-install under load", "which started 0 processes", "escaped",
+		"== Uninstalled"}, uninstalled...)...)
 }
 
 // A plain user gets the same, in a user namespace with more UIDs than one.
 func TestDemoWithoutRoot(t *testing.T) {
-	netlab.Require(t, "ip", "iptables-save", "unshare")
+	netlab.Require(t, "ip", "unshare")
 	if _, err := osexec.LookPath("newuidmap"); err != nil {
 		t.Skip("no package uidmap: ", err)
 	}

@@ -123,6 +123,10 @@ const jumpComment = "kuma/mesh/transparent/proxy/"
 // script prints the plan's script with the reason for each rule above it, and of
 // IPv6 the rules that differ.
 func script(p *page, plan *tproxy.Plan) {
+	if plan.Backend == tproxy.NFTables {
+		table(p, plan)
+		return
+	}
 	written := map[string]bool{}
 	for i, f := range plan.Families {
 		var lines []string
@@ -149,6 +153,19 @@ func script(p *page, plan *tproxy.Plan) {
 		}
 		lines = slices.DeleteFunc(lines, func(l string) bool { return l[2] != '-' && !strings.Contains(l, "#") })
 		p.linef("\n%s: %d of these rules are the same, and instead of the others:\n%s", f, same, strings.Join(lines, "\n"))
+	}
+}
+
+// table is script for a table of nftables, which is of both families.
+func table(p *page, plan *tproxy.Plan) {
+	for line := range strings.Lines(string(plan.Rules.NFTables(tproxy.NFTable))) {
+		line = strings.TrimRight(line, "\n")
+		rule, why, commented := strings.Cut(line, ` comment "`)
+		if commented {
+			indent := line[:len(line)-len(strings.TrimLeft(line, "\t"))]
+			p.linef("  %s", p.paint(indent+"# "+strings.TrimPrefix(strings.TrimSuffix(why, `"`), jumpComment), dim))
+		}
+		p.linef("  %s", rule)
 	}
 }
 

@@ -56,6 +56,9 @@ type Runner struct {
 	// (XTABLES_LOCKFILE in iptables(8), since 1.8.6). Empty means that of the environment,
 	// or /run/xtables.lock: one for all network namespaces.
 	LockFile string
+	// BeforeProgram, if not nil, is called before each process that is started, on the
+	// thread that starts it. With the rules in nftables none is, as a rule.
+	BeforeProgram func()
 
 	machine machine // nil is the one that we run on
 }

@@ -47,7 +47,11 @@ func (h *rebooting) d() *debian { return &debian{world: h.world, Machine: h.Mach
 // lab makes a new lab, with who serves and the proxy.
 func (h *rebooting) lab() {
 	h.Helper()
-	h.world = newWorld(h.T, h.backend)
+	b := h.backend
+	if b == tproxy.NFTables { // what the world does with rules of others
+		b = tproxy.IPTablesNFT
+	}
+	h.world = newWorld(h.T, b)
 	for _, l := range []struct {
 		n    *netlab.Namespace
 		uid  uint32

@@ -26,6 +26,7 @@ type session struct {
 	elsewhere          bool     // whether the files are another network namespace's
 	wait, waitInterval time.Duration
 	processes, retries int
+	beforeProgram      func()           // Runner.BeforeProgram
 	counters           bool             // whether rules are read with what they have counted
 	known              []tproxy.Variant // what variants has found, for a session that changes nothing
 
@@ -43,7 +44,7 @@ func (s *session) patient(c tproxy.Config) {
 }
 
 func (r *Runner) session() (*session, error) {
-	s := &session{m: r.machine, log: r.Log, recorded: r.Version, comeBack: r.ComeBack, wait: tproxy.DefaultWait, lockFile: r.LockFile, elsewhere: r.FilesElsewhere}
+	s := &session{m: r.machine, log: r.Log, recorded: r.Version, comeBack: r.ComeBack, wait: tproxy.DefaultWait, lockFile: r.LockFile, elsewhere: r.FilesElsewhere, beforeProgram: r.BeforeProgram}
 	if s.m == nil {
 		if runtime.GOOS != "linux" {
 			return nil, fmt.Errorf("netfilter on %s: %w", runtime.GOOS, ErrUnsupported)
@@ -68,6 +69,9 @@ const patience = time.Minute
 // writes whole.
 func (s *session) run(ctx context.Context, c command) (result, error) {
 	s.processes++
+	if s.beforeProgram != nil {
+		s.beforeProgram()
+	}
 	c.Lock, c.LockFile = s.lock, s.lockFile
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), max(s.wait, 0)+patience)
 	defer cancel()

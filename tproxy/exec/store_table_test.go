@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
 	"github.com/kumahq/kuma-tproxy/tproxy/persist"
@@ -132,5 +133,51 @@ func TestStoreScriptOfATable(t *testing.T) {
 			t.Fatal(err)
 		}
 		sameText(t, "uninstalled", before, m.tree(t))
+	}
+}
+
+// An install in a table on trial: unless it is confirmed, what was there comes back, be
+// it another table or rules of iptables, and so does what brings it back.
+func TestTableOnTrial(t *testing.T) {
+	exclude := tproxy.Inbound{ExcludePorts: rules.MustPorts("9005")}
+	for _, former := range []tproxy.Backend{tproxy.NFTables, tproxy.IPTablesNFT} {
+		for _, then := range []tproxy.Backend{tproxy.NFTables, tproxy.IPTablesLegacy} {
+			m := tabled(t)
+			m.populate(t)
+			m.mustStore(t, tproxy.Config{Backend: former})
+			tree, all, table := m.tree(t), m.all(), m.table
+			c := tproxy.Config{Backend: then, Inbound: exclude}
+			id := m.tryStored(t, c)
+			sameText(t, "on trial", tree, m.tree(t))
+			if (m.table != nil) != (then == tproxy.NFTables) || (former == tproxy.NFTables || then == tproxy.NFTables) && sameTable(m.table, table) {
+				t.Errorf("%s to %s: on trial the table is there: %t", former, then, m.table != nil)
+			}
+			if r, err := m.runner().BringBack(t.Context()); err != nil || len(r.Steps) > 0 {
+				t.Errorf("brought back in between: %+v, %v", r, err)
+			}
+			m.clock = time.Hour
+			if _, err := m.watchOver(id); err != nil {
+				t.Fatal(err)
+			}
+			m.clock = 0
+			sameText(t, "put back", tree, m.tree(t))
+			sameText(t, "put back", all, m.all())
+			if !sameTable(m.table, table) {
+				t.Errorf("%s to %s: another table is back", former, then)
+			}
+			if s, err := m.runner().Status(t.Context()); err != nil || s.State != StateInstalled || s.Backend != former {
+				t.Errorf("%s to %s: put back: %+v, %v", former, then, s, err)
+			}
+			m.tryStored(t, c)
+			if _, err := m.runner().Confirm(t.Context(), ConfirmOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			if i := m.text(t, "etc/kuma-tproxy/install.json"); !strings.Contains(i, `"backend": "`+then.String()+`"`) {
+				t.Errorf("confirmed, and saved is\n%s", i)
+			}
+			if s, err := m.runner().Status(t.Context()); err != nil || s.State != StateInstalled || s.Backend != then {
+				t.Errorf("%s to %s: confirmed: %+v, %v", former, then, s, err)
+			}
+		}
 	}
 }

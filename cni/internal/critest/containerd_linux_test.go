@@ -15,6 +15,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/kumahq/kuma-tproxy/internal/netlab"
+	"github.com/kumahq/kuma-tproxy/tproxy"
 )
 
 // injected are the annotations of a pod with a sidecar.
@@ -111,7 +112,12 @@ func (n *node) answeredBy(p *pod, uid int64) string {
 
 // Pods with and without annotations, and real containers of three users.
 func TestContainerdPods(t *testing.T) {
-	n := newNode(t)
+	for _, backend := range []tproxy.Backend{tproxy.Auto, tproxy.IPTablesNFT} {
+		t.Run(backend.String(), func(t *testing.T) { newNode(t, backend).pods(backend) })
+	}
+}
+
+func (n *node) pods(backend tproxy.Backend) {
 	meshed, plain := n.mustRun("meshed", injected()), n.mustRun("plain", map[string]string{"example.com/a": "b"})
 	bare := n.mustRun("bare", nil)
 	n.outside()
@@ -119,27 +125,30 @@ func TestContainerdPods(t *testing.T) {
 		n.serve(p)
 	}
 	n.meshed(meshed)
+	if text, err := os.ReadFile(n.log); err != nil || strings.Contains(string(text), `"processes":0`) != (backend == tproxy.Auto) {
+		n.Errorf("the log, %v: %s", err, text)
+	}
 	n.direct(plain)
 	n.direct(bare)
 	if saved := n.save(n.Host); strings.Contains(saved, "KUMA") {
-		t.Errorf("rules on the node: %s", saved)
+		n.Errorf("rules on the node: %s", saved)
 	}
 	for uid, want := range map[int64]string{appUID: "out", proxyUID: "remote", excludedUID: "remote"} {
 		if who := n.answeredBy(meshed, uid); who != want {
-			t.Errorf("a container of UID %d is answered by %q, want %q", uid, who, want)
+			n.Errorf("a container of UID %d is answered by %q, want %q", uid, who, want)
 		}
 	}
 	for _, p := range []*pod{meshed, plain, bare} {
 		n.remove(p)
 	}
 	if left, _ := filepath.Glob("/run/netns/*"); len(left) > 0 {
-		t.Errorf("left: %q", left)
+		n.Errorf("left: %q", left)
 	}
 }
 
 // A pod whose annotations are not accepted does not start, and its event says why.
 func TestContainerdRefuses(t *testing.T) {
-	n := newNode(t)
+	n := newNode(t, tproxy.Auto)
 	_, err := n.run("bad", injected("traffic.kuma.io/exclude-outbound-ports", "http"))
 	if err == nil {
 		t.Fatal("the pod was started")
@@ -158,7 +167,7 @@ func TestContainerdRefuses(t *testing.T) {
 
 // containerd is restarted: pods stay as they are, can be stopped, and new ones started.
 func TestContainerdRestarted(t *testing.T) {
-	n := newNode(t)
+	n := newNode(t, tproxy.Auto)
 	p := n.mustRun("before", injected())
 	n.outside()
 	n.serve(p)
@@ -176,7 +185,7 @@ func TestContainerdRestarted(t *testing.T) {
 // Twenty pods at once, each with rules of its own.
 func TestContainerdTwentyPods(t *testing.T) {
 	const count = 20
-	n := newNode(t)
+	n := newNode(t, tproxy.Auto)
 	pods, errs := make([]*pod, count), make([]error, count)
 	var wg sync.WaitGroup
 	start := time.Now()
@@ -192,7 +201,7 @@ func TestContainerdTwentyPods(t *testing.T) {
 	}
 	n.outside()
 	for i, p := range pods {
-		if saved := n.save(p.space); strings.Count(saved, fmt.Sprintf("--dport %d ", 2000+i)) != 2 {
+		if saved := n.save(p.space); strings.Count(saved, fmt.Sprintf("tcp dport %d ", 2000+i)) != 1 {
 			t.Errorf("pod %d has %s", i, saved)
 		}
 		n.serve(p)
@@ -207,7 +216,7 @@ func TestContainerdTwentyPods(t *testing.T) {
 // The plugin is killed in the middle of an ADD: behind the rules of one family. The pod
 // does not start, nothing keeps it from being removed, and another try is as a first.
 func TestContainerdKilledPlugin(t *testing.T) {
-	n := newNode(t)
+	n := newNode(t, tproxy.IPTablesNFT) // in nftables there is no middle
 	real, err := osexec.LookPath("ip6tables-nft-restore")
 	if err != nil {
 		t.Fatal(err)

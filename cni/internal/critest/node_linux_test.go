@@ -22,6 +22,7 @@ import (
 
 	"github.com/kumahq/kuma-tproxy/cni"
 	"github.com/kumahq/kuma-tproxy/internal/netlab"
+	"github.com/kumahq/kuma-tproxy/tproxy"
 )
 
 // TestMain is the plugin where the test binary is called so.
@@ -49,6 +50,7 @@ type node struct {
 	*testing.T
 	*netlab.Lab
 	cri.RuntimeServiceClient
+	backend tproxy.Backend
 	dir     string
 	bin     string // in front of PATH, for containerd and its plugins
 	log     string // of the plugin
@@ -59,12 +61,12 @@ type node struct {
 
 const image = "lab.local/busybox:1"
 
-func newNode(t *testing.T) *node {
+func newNode(t *testing.T, backend tproxy.Backend) *node {
 	t.Helper()
 	if !strings.Contains(os.Getenv("TPROXY_SUITE"), "runtime") {
 		t.Skip("TPROXY_SUITE does not name runtime")
 	}
-	programs := []string{"ip", "containerd", "ctr", "runc", "busybox", "iptables-nft-save"}
+	programs := []string{"ip", "containerd", "ctr", "runc", "busybox", "nft", "iptables-nft-save"}
 	if strings.Contains(os.Getenv("TPROXY_REQUIRE"), "runtime") {
 		t.Setenv("TPROXY_REQUIRE", os.Getenv("TPROXY_REQUIRE")+",kernel") // which is what Require asks for
 	}
@@ -73,7 +75,7 @@ func newNode(t *testing.T) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := &node{T: t, Lab: l, dir: t.TempDir(), bin: t.TempDir(), cgroups: fmt.Sprintf("/kuma-tproxy-cri-%d", os.Getpid())}
+	n := &node{T: t, Lab: l, backend: backend, dir: t.TempDir(), bin: t.TempDir(), cgroups: fmt.Sprintf("/kuma-tproxy-cri-%d", os.Getpid())}
 	n.log = filepath.Join(n.dir, "kuma-cni.log")
 	t.Cleanup(n.end)
 	n.configure()
@@ -120,8 +122,8 @@ func (n *node) configure() {
 	}
 	n.write("net/10.conflist", fmt.Sprintf(`{"cniVersion":"1.0.0","name":"pods","plugins":[
  {"type":"bridge","bridge":"br-cri","isGateway":true,"ipam":{"type":"host-local","dataDir":%q,"ranges":[[{"subnet":"10.202.0.0/24"}],[{"subnet":"fd10::/64"}]],"routes":[{"dst":"0.0.0.0/0"},{"dst":"::/0"}]}},
- {"type":"kuma-cni","capabilities":{"io.kubernetes.cri.pod-annotations":true},"logFile":%q,"logLevel":"debug",
-  "settings":{"KUMA_RUNTIME_KUBERNETES_SIDECAR_TRAFFIC_EXCLUDE_INBOUND_PORTS":"4444"}}]}`, filepath.Join(n.dir, "ipam"), n.log))
+ {"type":"kuma-cni","capabilities":{"io.kubernetes.cri.pod-annotations":true},"logFile":%q,"logLevel":"debug","config":{"backend":%q},
+  "settings":{"KUMA_RUNTIME_KUBERNETES_SIDECAR_TRAFFIC_EXCLUDE_INBOUND_PORTS":"4444"}}]}`, filepath.Join(n.dir, "ipam"), n.log, n.backend))
 	n.write("containerd.toml", fmt.Sprintf(`version = 2
 root = %q
 state = %q
@@ -321,11 +323,12 @@ func (n *node) remove(p *pod) {
 	}
 }
 
-// save is what iptables has in a network namespace.
+// save is what iptables and nftables have in a network namespace.
 func (n *node) save(s *netlab.Namespace) (all string) {
 	n.Helper()
-	for _, program := range []string{"iptables-nft-save", "ip6tables-nft-save"} {
-		out, err := n.Lab.Run(n.Context(), s, "", program)
+	for _, program := range []string{"iptables-nft-save", "ip6tables-nft-save", "nft --stateless list ruleset inet"} {
+		words := strings.Fields(program)
+		out, err := n.Lab.Run(n.Context(), s, "", words[0], words[1:]...)
 		if err != nil {
 			n.Fatal(err)
 		}
