@@ -41,6 +41,8 @@ type fakeMachine struct {
 	local     []netip.Prefix
 	held      bool
 	foreign   []string // tables of nftables
+	// tablesOfOthers are those that can be read, by family and name.
+	tablesOfOthers map[string]*rules.Native
 	// table is ours in nftables, and noTable why there cannot be one; onCommit, if set, is
 	// called before each transaction and may refuse it.
 	table    *rules.Native
@@ -188,6 +190,10 @@ func (m *fakeMachine) run(_ context.Context, c command) (result, error) {
 
 func (m *fakeMachine) noNFTables() string               { return m.noTable }
 func (m *fakeMachine) ownTable() (*rules.Native, error) { return m.table, nil }
+
+func (m *fakeMachine) foreignTable(family, name string) (*rules.Native, error) {
+	return m.tablesOfOthers[family+" "+name], nil
+}
 
 func (m *fakeMachine) commitTable(commands []rules.NativeCommand) (int, error) {
 	if m.dead {

@@ -71,6 +71,9 @@ type machine interface {
 	ownTable() (*rules.Native, error)
 	commitTable(commands []rules.NativeCommand) (failed int, err error)
 	noNFTables() string
+	// foreignTable reads a table of others, of the family inet, ip or ip6; nil where
+	// there is none.
+	foreignTable(family, name string) (*rules.Native, error)
 	// foreignTables lists the tables of nftables that iptables does not show.
 	foreignTables() ([]string, error)
 	// bases lists the base chains of nftables, empty tables of others left out,
@@ -320,6 +323,14 @@ func withTable(do func(*nft.Conn) error) error {
 func (system) ownTable() (n *rules.Native, err error) {
 	err = withTable(func(c *nft.Conn) error {
 		n, _, err = c.List(tproxy.NFTable)
+		return err
+	})
+	return n, err
+}
+
+func (system) foreignTable(family, name string) (n *rules.Native, err error) {
+	err = withTable(func(c *nft.Conn) error {
+		n, err = c.ListForeign(family, name)
 		return err
 	})
 	return n, err

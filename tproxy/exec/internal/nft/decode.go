@@ -2,7 +2,6 @@ package nft
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/binary"
 	"fmt"
 	"iter"
@@ -15,7 +14,8 @@ import (
 // decoder puts together a table from what a kernel of that byte order answers. The
 // methods take the body of a message: a struct nfgenmsg, and attributes.
 type decoder struct {
-	order binary.ByteOrder
+	order  binary.ByteOrder
+	family byte // of the table
 	rules.Native
 	sets map[string]*setReading
 }
@@ -43,7 +43,7 @@ func (d *decoder) strange(format string, args ...any) {
 
 // mine are the attributes of a message if it is of the table.
 func (d *decoder) mine(body []byte) (attrs []byte, ok bool) {
-	if len(body) < nfgenHeader || body[0] != familyInet {
+	if len(body) < nfgenHeader || body[0] != d.family {
 		return nil, false
 	}
 	for typ, v := range d.attrs(body[nfgenHeader:]) {
@@ -327,8 +327,11 @@ func (d *decoder) rule(body []byte) (chain string, r rules.NativeRule, ok bool) 
 	}
 	reader := ruleReader{decoder: d, list: list, rule: &r}
 	reader.read()
-	if odd = cmp.Or(reader.odd, odd); odd != "" {
+	switch {
+	case odd != "":
 		r = rules.NativeRule{Unknown: odd, Comment: r.Comment, Counter: r.Counter}
+	case reader.odd != "": // which comes behind what was understood
+		r = rules.NativeRule{Unknown: reader.odd, Matches: r.Matches, Comment: r.Comment, Counter: r.Counter}
 	}
 	return chain, r, true
 }
@@ -524,9 +527,12 @@ func (r *ruleReader) inFamily(k rules.NativeKey) bool {
 	if !address(k) {
 		return true
 	}
-	number := byte(2) // NFPROTO_IPV4
+	number := byte(familyIPv4)
 	if k == rules.KeySource6 || k == rules.KeyDestination6 {
-		number = 10
+		number = familyIPv6
+	}
+	if r.family != familyInet {
+		return r.family == number
 	}
 	return slices.ContainsFunc(r.rule.Matches, func(m rules.NativeMatch) bool {
 		return m.Key == rules.KeyFamily && !m.Not && bytes.Equal(m.First, []byte{number})
