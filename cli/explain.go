@@ -266,12 +266,21 @@ func (p *parser) savedGround(q question) ground {
 	return g
 }
 
+// tableName is the name of a table of nftables with its family: those of others are
+// called so.
+func tableName(name string, n *rules.Native) string {
+	if _, table, ok := strings.Cut(name, " "); ok && table == n.Table {
+		return name
+	}
+	return "inet " + n.Table
+}
+
 // add puts rules to the others; table is what they are made of, if that is one of
 // nftables.
 func (g *ground) add(set rules.Set, table *rules.Native, name string) {
 	g.sets, g.tables, g.names = append(g.sets, set), append(g.tables, table), append(g.names, name)
 	if table != nil && slices.Contains(table.Strange, rules.NativeDormant) {
-		g.note("the table inet %s is dormant: no packet meets it", table.Table)
+		g.note("the table %s is dormant: no packet meets it", tableName(name, table))
 	}
 }
 
@@ -349,10 +358,17 @@ func liveGround(cmd *cobra.Command, runner Runner, q question) (ground, error) {
 			g.add(l.Set, l.Table, l.Backend.String())
 		}
 	}
+	g.hidden = slices.Clone(live.Hidden)
+	for _, l := range live.Foreign {
+		if l.Family == q.family() {
+			g.add(l.Set, l.Table, strings.TrimPrefix(l.What, "table "))
+		}
+		g.hidden = slices.DeleteFunc(g.hidden, func(h exec.Hidden) bool { return h.What == l.What })
+	}
 	if len(g.names) > 0 {
 		g.what += ", of " + strings.Join(g.names, " and ")
 	}
-	g.local, g.hidden, g.routes = live.Local, live.Hidden, live.Routes
+	g.local, g.routes = live.Local, live.Routes
 	for _, a := range towards {
 		if live.Routes[a].Local {
 			g.local = append(g.local, hosts([]netip.Addr{a})...)

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/kumahq/kuma-tproxy/tproxy"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 	"github.com/kumahq/kuma-tproxy/tproxy/sim"
 )
@@ -115,7 +116,7 @@ func (g *ground) answer(k sim.Packet) answer {
 		l := rung{string(s.Table), s.Chain, s.Index, rule.String(), s.Rule.Why, s.Matched, s.Because, ""}
 		switch n := g.tables[s.Set]; {
 		case n != nil:
-			l.Table, l.Chain, l.Rule = "inet "+n.Table, nftChain(s.Table, s.Chain, n), nftRule(s, n)
+			l.Table, l.Chain, l.Rule = tableName(g.names[s.Set], n), nftChain(s.Table, s.Chain, n), nftRule(s, n)
 		case len(g.sets) > 1:
 			l.Backend = g.names[s.Set]
 		}
@@ -143,8 +144,12 @@ func nftRule(s sim.Step, n *rules.Native) string {
 		return s.Rule.String()
 	}
 	r := n.Chains[i].Rules[s.Index-1]
-	r.Counted, r.Comment = false, ""
-	return r.String()
+	odd := r.Unknown
+	r.Counted, r.Comment, r.Unknown = false, "", ""
+	if odd != "" { // behind what is understood
+		r.Action = rules.Nothing{}
+	}
+	return strings.TrimSpace(r.String() + " " + odd)
 }
 
 // route is the way to a step.
@@ -159,7 +164,11 @@ func (g *ground) route(t sim.Trace, s sim.Step) string {
 		name, at, _ := strings.Cut(c, " #")
 		chains[i] = nftChain(s.Table, name, n) + " #" + at
 	}
-	return strings.Join(chains, " -> ")
+	route := strings.Join(chains, " -> ")
+	if n.Table != tproxy.NFTable {
+		route = tableName(g.names[s.Set], n) + " " + route
+	}
+	return route
 }
 
 // judge puts a verdict in the words of the mesh.
@@ -168,6 +177,9 @@ func (g *ground) judge(t sim.Trace) (verdict string, port uint16, reason string)
 	reason = t.Reason
 	if decided && t.Kind != sim.Unknown && !t.Elsewhere {
 		reason += " (" + g.route(t, step) + ")"
+	}
+	if decided && t.Kind == sim.Unknown && g.tables[step.Set] != nil {
+		reason += " (" + tableName(g.names[step.Set], g.tables[step.Set]) + ")"
 	}
 	if t.Kind != sim.Redirected {
 		return t.Kind.String(), 0, reason

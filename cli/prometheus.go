@@ -55,10 +55,12 @@ func printMetrics(w io.Writer, s *exec.Status) error {
 var driftKinds = []tproxy.DriftKind{tproxy.DriftMissing, tproxy.DriftChanged, tproxy.DriftExtra, tproxy.DriftDoubled, tproxy.DriftReordered,
 	tproxy.DriftElsewhere, tproxy.DriftShadowed, tproxy.DriftEntered, tproxy.DriftFiltered, tproxy.DriftAddress, tproxy.DriftNames, tproxy.DriftStored}
 
-// counters sums what the rules of those verdicts counted, for each family.
+// counters sums what the rules of those verdicts counted, for each family; those of
+// nftables that are for both have a sum of their own.
 func (p *page) counters(name string, s *exec.Status, verdicts ...string) {
-	for _, f := range rules.Families() {
-		if !slices.Contains(s.Families, f) {
+	for _, f := range append(rules.Families(), 0) {
+		both := slices.ContainsFunc(s.Counters, func(c exec.Counter) bool { return c.Family == 0 })
+		if f != 0 && !slices.Contains(s.Families, f) || f == 0 && !both {
 			continue
 		}
 		for _, v := range verdicts {

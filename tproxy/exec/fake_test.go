@@ -42,6 +42,8 @@ type fakeMachine struct {
 	held      bool
 	foreign   []string // tables of nftables
 	tracks    bool     // whether a rule in them needs conntrack
+	// tablesOfOthers are those that can be read, by family and name.
+	tablesOfOthers map[string]*rules.Native
 	// table is ours in nftables, and noTable why there cannot be one; onCommit, if set, is
 	// called before each transaction and may refuse it, or the command of that number.
 	table    *rules.Native
@@ -190,6 +192,10 @@ func (m *fakeMachine) run(_ context.Context, c command) (result, error) {
 func (m *fakeMachine) noNFTables() string               { return m.noTable }
 func (m *fakeMachine) hasOwnTable() (bool, error)       { return m.table != nil, nil }
 func (m *fakeMachine) ownTable() (*rules.Native, error) { return m.table, nil }
+
+func (m *fakeMachine) foreignTable(family, name string) (*rules.Native, error) {
+	return m.tablesOfOthers[family+" "+name], nil
+}
 
 func (m *fakeMachine) commitTable(commands []rules.NativeCommand) (int, error) {
 	if m.dead {

@@ -19,6 +19,9 @@ type Live struct {
 	Rules []LiveRules
 	// Hidden is what sees packets and what iptables-save does not show.
 	Hidden []Hidden
+	// Foreign are tables of others in nftables, as far as they are understood: what is
+	// not is rules.Opaque. Each is Hidden as well, by the same What.
+	Foreign []ForeignRules
 	// Local are the addresses of the interfaces, with their networks.
 	Local []netip.Prefix
 	// Routes say how a packet of this host gets to the addresses that Live was
@@ -35,6 +38,15 @@ type LiveRules struct {
 	Set     rules.Set
 	// Table is all of the table of nftables, for both families.
 	Table *rules.Native
+}
+
+// ForeignRules are those of a table of nftables that is not ours, as packets of a family
+// meet them.
+type ForeignRules struct {
+	What   string // as Hidden has it, such as "table inet firewalld"
+	Family rules.Family
+	Set    rules.Set
+	Table  *rules.Native
 }
 
 // Route is the way to an address; both are zero where there is none.
@@ -121,6 +133,9 @@ func (r *Runner) Live(ctx context.Context, to ...netip.Addr) (Live, error) {
 		}
 	}
 	if err := read.others(); err != nil {
+		return Live{}, err
+	}
+	if err := read.foreign(); err != nil {
 		return Live{}, err
 	}
 	if l.Local, err = s.m.localAddresses(); err != nil {
@@ -245,6 +260,56 @@ func (r *reader) others() error {
 		r.hide(Hidden{What: what, Family: family, Hooks: hooks, Late: late, nats: nats, early: !late && nats == nil})
 	}
 	return nil
+}
+
+// foreign reads those tables of others of which all base chains are called where a walk
+// knows it.
+func (r *reader) foreign() error {
+	bases, err := r.m.bases()
+	if err != nil {
+		return err
+	}
+	doubtful := make(map[kernel.NFTTable]bool)
+	var tables []kernel.NFTTable
+	for _, b := range bases {
+		table := b.Table.Family + " " + b.Table.Name
+		if table == "inet "+tproxy.NFTable || slices.Contains(r.shown, table) {
+			continue
+		}
+		if !slices.Contains(tables, b.Table) {
+			tables = append(tables, b.Table)
+		}
+		doubtful[b.Table] = doubtful[b.Table] || !walkable(b)
+	}
+	for _, t := range tables {
+		if doubtful[t] {
+			continue
+		}
+		n, err := r.m.foreignTable(t.Family, t.Name)
+		if err != nil || n == nil { // it stays Hidden
+			r.log.Debug("a table of others cannot be read", "table", t, "error", err)
+			continue
+		}
+		for _, f := range rules.Families() {
+			if t.Family == "inet" || t.Family == nftFamily(f) {
+				r.Foreign = append(r.Foreign, ForeignRules{fmt.Sprintf("table %s %s", t.Family, t.Name), f, n.For(f), n})
+			}
+		}
+	}
+	return nil
+}
+
+// walkable reports whether sim knows where the kernel calls a chain: not in front of
+// PREROUTING or behind POSTROUTING, not at the priority of connection tracking, and not
+// where a packet may have been given another source.
+func walkable(b kernel.NFTBase) bool {
+	switch {
+	case b.Table.Family == "netdev", b.Hook == "INGRESS", b.Hook == "EGRESS", b.Hook == "?":
+		return false
+	case b.Type == "nat":
+		return true
+	}
+	return b.Priority != conntrackPriority && (b.Hook != "POSTROUTING" || b.Priority < 100)
 }
 
 // The priorities of connection tracking, and of translation by iptables

@@ -74,6 +74,9 @@ type machine interface {
 	ownTable() (*rules.Native, error)
 	commitTable(commands []rules.NativeCommand) (failed int, err error)
 	noNFTables() string
+	// foreignTable reads a table of others, of the family inet, ip or ip6; nil where
+	// there is none.
+	foreignTable(family, name string) (*rules.Native, error)
 	// foreignTables lists the tables of nftables that iptables does not show and that
 	// are not ours.
 	foreignTables() ([]string, error)
@@ -345,6 +348,14 @@ func (system) hasOwnTable() (bool, error) {
 func (system) ownTable() (n *rules.Native, err error) {
 	err = withTable(func(c *nft.Conn) error {
 		n, _, err = c.List(tproxy.NFTable)
+		return err
+	})
+	return n, err
+}
+
+func (system) foreignTable(family, name string) (n *rules.Native, err error) {
+	err = withTable(func(c *nft.Conn) error {
+		n, err = c.ListForeign(family, name)
 		return err
 	})
 	return n, err

@@ -107,7 +107,13 @@ func (n Native) rulesFor(f Family, c *NativeChain, t Table, ours bool) (out []Ru
 			continue
 		}
 		r.Matches = slices.DeleteFunc(slices.Clone(r.Matches), func(m NativeMatch) bool { return m.Key == KeyFamily })
+		odd := r.Unknown
+		r.Unknown = ""
 		one := n.rule(&r)
+		if odd != "" { // what is in front of that holds, or the rule is nothing
+			one.Matches = append(one.Matches, Opaque{odd})
+			one.Action, one.Record = Opaque{odd}, false
+		}
 		for k, m := range r.Matches {
 			if n.unsure(m) {
 				one.Matches = append(one.Matches, Opaque{string(r.Matches[k].append(nil, 0))})

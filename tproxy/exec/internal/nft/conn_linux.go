@@ -221,10 +221,29 @@ func (c *Conn) drain() {
 // A reading counts if no commit came in between. Where others commit all the time, there
 // is none such: then two in a row that are the same do.
 func (c *Conn) List(table string) (*rules.Native, uint32, error) {
+	return c.listOf(familyInet, "inet", table)
+}
+
+// families are the NFPROTO_* of tables that see packets of IP alone.
+var families = map[string]byte{"inet": familyInet, "ip": familyIPv4, "ip6": familyIPv6}
+
+// ListForeign reads a table of others, of the family inet, ip or ip6, as List does. A
+// rule with something Unknown has the Matches that come in front of that; a rule of a
+// table of ip or ip6 does not name its family.
+func (c *Conn) ListForeign(family, table string) (*rules.Native, error) {
+	number, ok := families[family]
+	if !ok {
+		return nil, fmt.Errorf("nf_tables family %q: want inet, ip or ip6", family)
+	}
+	n, _, err := c.listOf(number, family, table)
+	return n, err
+}
+
+func (c *Conn) listOf(family byte, name, table string) (*rules.Native, uint32, error) {
 	if c.stale {
 		c.drain()
 	}
-	what := fmt.Sprintf("table inet %q", table)
+	what := fmt.Sprintf("table %s %q", name, table)
 	var last *rules.Native
 	read := false // last
 	for range readTries {
@@ -232,7 +251,7 @@ func (c *Conn) List(table string) (*rules.Native, uint32, error) {
 		if err != nil {
 			return nil, 0, err
 		}
-		n, whole, err := c.list(table)
+		n, whole, err := c.list(family, table)
 		if err != nil {
 			return nil, 0, kernel.NFTError(what, err)
 		}
@@ -276,9 +295,9 @@ func (c *Conn) ask(typ, flags uint16, request []byte, each func(body []byte)) (w
 
 // list reads the table once; whole is false if some table changed meanwhile, and then
 // it is nil where a part of it was there and is gone.
-func (c *Conn) list(table string) (_ *rules.Native, whole bool, err error) {
-	d := decoder{order: binary.NativeEndian, Native: rules.Native{Table: table}}
-	request := kernel.AppendAttr([]byte{familyInet, 0, 0, 0}, attrTable, append([]byte(table), 0))
+func (c *Conn) list(family byte, table string) (_ *rules.Native, whole bool, err error) {
+	d := decoder{order: binary.NativeEndian, family: family, Native: rules.Native{Table: table}}
+	request := kernel.AppendAttr([]byte{family, 0, 0, 0}, attrTable, append([]byte(table), 0))
 	if _, err := c.ask(getTable, syscall.NLM_F_ACK, request, d.table); err != nil {
 		if errors.Is(err, syscall.ENOENT) {
 			return nil, true, nil

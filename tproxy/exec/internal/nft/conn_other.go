@@ -27,3 +27,8 @@ func (c *Conn) Send(*Batch, uint32) error { return errors.ErrUnsupported }
 func (c *Conn) List(table string) (*rules.Native, uint32, error) {
 	return nil, 0, errors.ErrUnsupported
 }
+
+// ListForeign is for Linux.
+func (c *Conn) ListForeign(family, table string) (*rules.Native, error) {
+	return nil, errors.ErrUnsupported
+}

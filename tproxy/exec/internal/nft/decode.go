@@ -2,7 +2,6 @@ package nft
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/binary"
 	"fmt"
 	"iter"
@@ -16,7 +15,8 @@ import (
 // decoder puts together a table from what a kernel of that byte order answers. The
 // methods take the body of a message: a struct nfgenmsg, and attributes.
 type decoder struct {
-	order binary.ByteOrder
+	order  binary.ByteOrder
+	family byte // of the table
 	rules.Native
 	sets map[string]*setReading
 }
@@ -44,7 +44,7 @@ func (d *decoder) strange(format string, args ...any) {
 
 // mine are the attributes of a message if it is of the table.
 func (d *decoder) mine(body []byte) (attrs []byte, ok bool) {
-	if len(body) < nfgenHeader || body[0] != familyInet {
+	if len(body) < nfgenHeader || body[0] != d.family {
 		return nil, false
 	}
 	for typ, v := range d.attrs(body[nfgenHeader:]) {
@@ -328,8 +328,11 @@ func (d *decoder) rule(body []byte) (chain string, r rules.NativeRule, ok bool) 
 	}
 	reader := ruleReader{decoder: d, list: list, rule: &r}
 	reader.read()
-	if odd = cmp.Or(reader.odd, odd); odd != "" {
+	switch {
+	case odd != "":
 		r = rules.NativeRule{Unknown: odd, Comment: r.Comment, Counter: r.Counter}
+	case reader.odd != "": // which comes behind what was understood
+		r = rules.NativeRule{Unknown: reader.odd, Matches: r.Matches, Comment: r.Comment, Counter: r.Counter}
 	}
 	return chain, r, true
 }
@@ -535,6 +538,9 @@ func (r *ruleReader) guarded(k rules.NativeKey) bool {
 		guard, values = rules.KeyProtocol, []byte{6}
 	case rules.KeySourcePort, rules.KeyDestinationPort:
 		guard, values = rules.KeyProtocol, []byte{6, 17, 33, 132, 136} // TCP, UDP, DCCP, SCTP, UDP-Lite
+	}
+	if guard == rules.KeyFamily && r.family != familyInet { // a table of one family sees no other
+		return r.family == values[0]
 	}
 	return slices.ContainsFunc(r.rule.Matches, func(m rules.NativeMatch) bool {
 		return m.Key == guard && !m.Not && m.Mask == nil && m.Last == nil && len(m.First) == 1 && slices.Contains(values, m.First[0])

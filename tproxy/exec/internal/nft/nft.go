@@ -99,6 +99,8 @@ const (
 	getFlowtable = subsystem | 23
 
 	familyInet  = 1 // NFPROTO_INET
+	familyIPv4  = 2 // NFPROTO_IPV4
+	familyIPv6  = 10
 	nfgenHeader = 4 // struct nfgenmsg
 )
 
