@@ -459,7 +459,7 @@ func TestTrialWhoseWatchIsKilled(t *testing.T) {
 func plainRecords(text string) string {
 	var b strings.Builder
 	for line := range strings.Lines(text) {
-		if !strings.Contains(line, "KUMA_MESH_RECORD") {
+		if !strings.Contains(line, "KUMA_MESH_RECORD") && !strings.Contains(line, "proxy/kuma-tproxy ") {
 			b.WriteString(line)
 		}
 	}
