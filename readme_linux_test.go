@@ -19,7 +19,7 @@ func TestMain(m *testing.M) { netlab.Main(m) }
 // order, on the host of a lab that plays the VM. The block of text that follows
 // one holds lines of what it prints.
 func TestReadmeCommands(t *testing.T) {
-	netlab.Require(t, "ip", "iptables-save", "ip6tables-save", "useradd")
+	netlab.Require(t, "ip", "nft", "iptables-save", "ip6tables-save", "useradd")
 	playVM(t)
 	lab, err := netlab.New(t.Context())
 	if err != nil {
@@ -28,7 +28,7 @@ func TestReadmeCommands(t *testing.T) {
 	defer lab.Close()
 	rules := func() string {
 		t.Helper()
-		return run(t, lab, "iptables-save; ip6tables-save; ip -o address show dev lo")
+		return run(t, lab, "iptables-save; ip6tables-save; nft list ruleset inet; ip -o address show dev lo")
 	}
 	before := rules()
 	ran, out := 0, ""
