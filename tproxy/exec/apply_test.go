@@ -179,7 +179,10 @@ func TestInstallTheSameOnlyReads(t *testing.T) {
 		before, writes := m.state(), m.writes
 		r := m.install(t, c)
 		want := 2
-		if c.IPFamilyMode == tproxy.IPv4Only {
+		switch {
+		case c.Backend == tproxy.NFTables:
+			want = 0
+		case c.IPFamilyMode == tproxy.IPv4Only:
 			want = 1
 		}
 		if r.Changed || len(r.Steps) > 0 || r.Processes != want || m.writes != writes {

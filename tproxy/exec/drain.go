@@ -26,6 +26,12 @@ func (t *transaction) drain(ctx context.Context, jobs []job, rec tproxy.Record) 
 		if len(redirectPorts(j.before)) == 0 {
 			continue
 		}
+		if j.before.table != nil {
+			var err error
+			if j.table, err = drained(j.before.table, rec); err != nil {
+				return &ApplyError{Step: j.step, Err: err}
+			}
+		}
 		if err := t.replace(ctx, &j, tproxy.Draining(j.before.Ours, rec)); err != nil {
 			return err
 		}

@@ -198,3 +198,39 @@ func (m *fakeMachine) uninstallDraining(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// A table that drains keeps its chains at the hooks, which translate what lives, and
+// whatever others have put into it is no obstacle.
+func TestDrainOfATable(t *testing.T) {
+	m := newFakeMachine(t)
+	m.noTable = ""
+	m.populate(t)
+	m.install(t, tproxy.Config{Backend: tproxy.NFTables, DNS: tproxy.DNS{CaptureAll: true}})
+	m.table.Strange = []string{"object theirs"}
+	m.table.Chains = append(m.table.Chains, rules.NativeChain{Name: "theirs", Rules: []rules.NativeRule{{Unknown: "expression log"}, {Counted: true, Action: rules.Return{}}}})
+	looks := 0
+	m.connections = func() int {
+		looks++
+		hooks, redirects := 0, 0
+		for _, c := range m.table.Chains {
+			if c.Hook != "" {
+				hooks++
+				if len(c.Rules) > 0 {
+					t.Errorf("look %d: %s has rules", looks, c.Name)
+				}
+			}
+			for _, r := range c.Rules {
+				if _, ok := r.Action.(rules.Redirect); ok {
+					redirects++
+				}
+			}
+		}
+		if hooks != 3 || redirects == 0 {
+			t.Errorf("look %d: %d hooks and %d rules that redirect", looks, hooks, redirects)
+		}
+		return max(0, 5-looks)
+	}
+	if _, err := (&Runner{machine: m}).Remove(context.Background(), RemoveOptions{Drain: time.Hour}); err != nil || m.table != nil || looks < 5 {
+		t.Errorf("%v; the table: %v; %d looks", err, m.table, looks)
+	}
+}

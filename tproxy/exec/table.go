@@ -128,7 +128,10 @@ func (j *job) compare(now live, want rules.Set) (out []rules.Change) {
 		is = *now.table
 		is.Strange = nil
 	}
-	if holds(want) {
+	switch {
+	case j.table != nil:
+		wanted = *j.table
+	case holds(want):
 		wanted, _ = want.Native(tproxy.NFTable) // change has the error
 	}
 	type place struct {
@@ -158,6 +161,28 @@ func (j *job) compare(now live, want rules.Set) (out []rules.Change) {
 		}
 	}
 	return out
+}
+
+// drained is the table with nothing that redirects, and with the chains that hold
+// conntrack and say what was installed (see tproxy.Draining); what others have in it that
+// can be made again is made again.
+func drained(n *rules.Native, rec tproxy.Record) (*rules.Native, error) {
+	out := n.Known()
+	record, err := tproxy.Draining(rules.Set{}, rec).Native(out.Table)
+	if err != nil {
+		return nil, err
+	}
+	for i := range out.Chains {
+		if out.Chains[i].Hook != "" {
+			out.Chains[i].Rules = nil
+		}
+	}
+	for _, c := range record.Chains {
+		if !slices.ContainsFunc(out.Chains, func(l rules.NativeChain) bool { return l.Name == c.Name }) {
+			out.Chains = append(out.Chains, c)
+		}
+	}
+	return &out, nil
 }
 
 // of reports whether the job is about a family: that of nftables is about both.
