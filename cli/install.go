@@ -40,7 +40,8 @@ printed. --reuse-config begins with what is installed, so that an upgrade keeps 
 exclusion. The uninstall command of the same name puts the host back as it was.
 
 --persist says what brings the install back after a restart of this host or of its
-firewall: firewalld where it runs, else a unit of systemd, else nothing, which is said.
+firewall: a unit of systemd, for rules in iptables firewalld where it runs, or nothing,
+which is said.
 
 --confirm-within 60s puts the former state back by itself, unless the command confirm
 below this one is given in that time: even if you have cut yourself off, this session

@@ -12,15 +12,15 @@ import (
 type Persist uint8
 
 const (
-	// PersistAuto lets Build choose: firewalld where it rules this network namespace,
-	// else systemd where it is process 1, else nothing.
+	// PersistAuto lets Build choose: for rules in iptables firewalld where it rules this
+	// network namespace, else systemd where it is process 1, else nothing.
 	PersistAuto Persist = iota
 	// PersistSystemd is a unit that installs again at boot, before the network is up,
 	// and when a firewall is restarted that takes the rules out.
 	PersistSystemd
-	// PersistFirewalld is firewalld's direct.xml, out of which it loads the rules
-	// whenever it starts or reloads; and where systemd is process 1 the unit too, for
-	// what firewalld has no place for, and for when it is stopped.
+	// PersistFirewalld is firewalld's direct.xml, out of which it loads the rules, which are
+	// then those of iptables, whenever it starts or reloads; and where systemd is process 1
+	// the unit too, for what firewalld has no place for, and for when it is stopped.
 	PersistFirewalld
 	// PersistNone is nothing.
 	PersistNone

@@ -45,7 +45,7 @@ type Runner struct {
 	// systemd runs at boot, with one more argument: rules, for which it calls BringBack, or
 	// names, for BringBackNames. Without one, or where the program is of somebody whom root
 	// must not trust, the unit loads saved scripts by programs of the host instead: sh,
-	// iptables-restore, ip and resolvectl.
+	// iptables-restore or nft, ip and resolvectl.
 	ComeBack []string
 	// FilesElsewhere says that the files which this process sees are not those of the
 	// network namespace's processes, as in a CNI plugin: resolv.conf, nsswitch.conf and

@@ -187,10 +187,15 @@ func (p *podman) image(name string, files map[string]string) {
 var library = regexp.MustCompile(`/\S+\.so\S*`)
 
 // initImage loads the image of kuma-init: kumactl, and the machine's own iptables of the
-// variant under test, with its libraries and extensions, under their plain names too.
+// variant under test, with its libraries and extensions, under their plain names too. With
+// nftables it is kumactl alone.
 func (p *podman) initImage(name string) {
 	p.Helper()
 	files := map[string]string{"usr/bin/kumactl": p.bin + "/kumactl"}
+	if p.backend == tproxy.NFTables {
+		p.image(name, files)
+		return
+	}
 	variant := strings.TrimPrefix(p.backend.String(), "iptables-")
 	multi, err := osexec.LookPath("xtables-" + variant + "-multi")
 	if err != nil {
@@ -372,8 +377,8 @@ func (p *podman) flows(pod string) {
 	}
 }
 
-// A pod of the real podman, with kuma-init as Kuma's injector has it, with either variant
-// of iptables: what it may do, and where flows go. The same pod gets the same rules by
+// A pod of the real podman, with kuma-init as Kuma's injector has it, with each backend:
+// what it may do, and where flows go. The same pod gets the same rules by
 // its annotations.
 func TestPodmanPod(t *testing.T) {
 	runtimeSuite(t, "podman", "conmon", "runc", "go", "ldd", "ip")
@@ -383,28 +388,32 @@ func TestPodmanPod(t *testing.T) {
 	bin := t.TempDir()
 	staticBuild(t, bin+"/peer", "./testdata/peer")
 	staticBuild(t, bin+"/kumactl", "github.com/kumahq/kuma-tproxy/cli/cmd/kumactl")
-	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy} {
+	for _, b := range tproxy.Backends() {
 		t.Run(b.String(), func(t *testing.T) {
+			backend := "--backend=" + b.String()
+			if b == tproxy.NFTables {
+				backend = "--backend=auto"
+			}
 			p := newPodman(t, b, bin)
 			p.image(podmanPeer, map[string]string{"usr/bin/peer": bin + "/peer"})
 			p.initImage(podmanInit)
 			config, custom, annotations := p.file("config.yaml", podmanBase), p.file("custom/config.yaml", "redirect: {outbound: {excludePorts: [7002]}}\n"), p.file("annotations", podmanAnnotations)
 			said, err := p.pod("injected", []string{config + ":/tmp/transparent-proxy/base/config.yaml", custom + ":/tmp/transparent-proxy/custom/config.yaml"},
-				[]string{"--config-file=/tmp/.kumactl", "--config=/tmp/transparent-proxy/base/config.yaml", "--config=/tmp/transparent-proxy/custom/config.yaml"})
+				[]string{"--config-file=/tmp/.kumactl", "--config=/tmp/transparent-proxy/base/config.yaml", "--config=/tmp/transparent-proxy/custom/config.yaml", backend})
 			if err != nil {
 				t.Fatalf("%v\n%s", err, said)
 			}
 			p.remote("7001", "7002")
 			p.confined("injected-init")
 			p.flows("injected")
-			if said, err = p.pod("annotated", []string{annotations + ":/etc/podinfo/annotations"}, []string{"--pod-annotations=/etc/podinfo/annotations"}); err != nil {
+			if said, err = p.pod("annotated", []string{annotations + ":/etc/podinfo/annotations"}, []string{"--pod-annotations=/etc/podinfo/annotations", backend}); err != nil {
 				t.Fatalf("%v\n%s", err, said)
 			}
 			if !strings.Contains(said, `kuma.io/sidecar-uid: "0" is not used: the control plane says 5678`) {
 				t.Errorf("kuma-init said %s", said)
 			}
 			p.flows("annotated")
-			if a, b := p.rules("injected"), p.rules("annotated"); a != b {
+			if a, b := p.rules("injected"), p.rules("annotated"); a != b || a == "" {
 				t.Errorf("rules by files:\n%s\nby annotations:\n%s", a, b)
 			}
 			// A pod that cannot have its rules does not run.
@@ -470,13 +479,18 @@ func (p *podman) rules(name string) string {
 	p.Helper()
 	pid := p.on("inspect", "-f", "{{.State.Pid}}", name+"-app")
 	var out strings.Builder
-	for _, program := range []string{"iptables", "ip6tables"} {
-		text, err := osexec.Command("nsenter", "-t", pid, "-n", program+"-"+strings.TrimPrefix(p.backend.String(), "iptables-")+"-save").CombinedOutput()
+	variant := strings.TrimPrefix(p.backend.String(), "iptables-")
+	lists, begins := []string{"iptables-" + variant + "-save", "ip6tables-" + variant + "-save"}, "-"
+	if p.backend == tproxy.NFTables {
+		lists, begins = []string{"nft --stateless list table inet " + tproxy.NFTable}, "\t"
+	}
+	for _, list := range lists {
+		text, err := osexec.Command("nsenter", append([]string{"-t", pid, "-n"}, strings.Fields(list)...)...).CombinedOutput()
 		if err != nil {
 			p.Fatalf("%v: %s", err, text)
 		}
 		for line := range strings.Lines(string(text)) {
-			if strings.HasPrefix(line, "-") && !strings.Contains(line, "KUMA_MESH_RECORD") {
+			if strings.HasPrefix(line, begins) && !strings.Contains(line, "proxy/kuma-tproxy 1 ") {
 				out.WriteString(line)
 			}
 		}

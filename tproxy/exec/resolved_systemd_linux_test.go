@@ -122,7 +122,7 @@ func (d *debian) must(verb string, args ...string) string {
 
 // state is everything that an install changes, as text.
 func (d *debian) state() string {
-	return d.do("sh", "-c", "for f in iptables ip6tables; do for v in nft legacy; do $f-$v-save | grep '^-A'; done; done; ip -br link | cut -d' ' -f1; ip -br address show dev lo; "+
+	return d.do("sh", "-c", "for f in iptables ip6tables; do for v in nft legacy; do $f-$v-save | grep '^-A'; done; done; nft --stateless list ruleset inet; ip -br link | cut -d' ' -f1; ip -br address show dev lo; "+
 		"find /etc/systemd /etc/resolv.conf /run/systemd/resolve/netif -printf '%M %p %l\n'; resolvectl domain; resolvectl dns")
 }
 

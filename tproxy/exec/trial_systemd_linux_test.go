@@ -84,7 +84,7 @@ func TestSystemdTrial(t *testing.T) {
 	}
 	d.putBack(within + 20*time.Second)
 	d.same("after the session was killed", before, d.state())
-	if log := d.do("journalctl", "--no-pager", "--unit="+unit); !strings.Contains(log, "was not confirmed in time: the former state was put back at") || !strings.Contains(log, "rules by iptables") {
+	if log := d.do("journalctl", "--no-pager", "--unit="+unit); !strings.Contains(log, "was not confirmed in time: the former state was put back at") || !strings.Contains(log, "the former rules of IPv4 and IPv6 in table inet kuma-tproxy") {
 		t.Errorf("the journal says\n%s", log)
 	}
 
@@ -128,7 +128,7 @@ func TestSystemdTrial(t *testing.T) {
 		} else {
 			d.Machine.Close()
 			// Its network namespace is the lab's and still there.
-			if left := d.on("", "sh", "-c", "iptables-save; ip6tables-save"); strings.Contains(left, "KUMA") {
+			if left := d.on("", "sh", "-c", "iptables-save; ip6tables-save; nft list ruleset"); strings.Contains(left, "KUMA") {
 				t.Errorf("shut down in order, it left\n%s", left)
 			}
 		}
@@ -138,7 +138,7 @@ func TestSystemdTrial(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(next.Machine.Close)
-		if left := next.do("sh", "-c", "iptables-save; ip6tables-save"); strings.Contains(left, "KUMA") {
+		if left := next.do("sh", "-c", "iptables-save; ip6tables-save; nft list ruleset"); strings.Contains(left, "KUMA") {
 			t.Errorf("hard %v: it comes up with\n%s", hard, left)
 		}
 		if out, err := next.kumactl("install", "confirm"); err == nil || !strings.Contains(err.Error(), "nothing to confirm: no install waits") {
