@@ -222,7 +222,7 @@ func installProgram(e *environment, version, bin string) error {
 	if err != nil {
 		return err
 	}
-	for _, want := range []string{"### IPv4 ###", "### IPv6 ###"} {
+	for _, want := range []string{"\n### ", "KUMA_MESH_OUTBOUND"} { // in nftables, or for each family
 		if !strings.Contains(out, want) {
 			return fmt.Errorf("the installed kumactl does not print %q:\n%s", want, out)
 		}
