@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
@@ -106,7 +107,7 @@ func redirectPorts(l live) (ports []uint16) {
 // cut counts the connections that go with the rules.
 func (t *transaction) cut(ctx context.Context, jobs []job) {
 	n, err := t.redirected(jobs)
-	if n > 0 && t.othersTrack(ctx, jobs) {
+	if n > 0 && t.natStays(jobs) && t.othersTrack(ctx, jobs) {
 		return
 	}
 	switch {
@@ -121,6 +122,27 @@ func (t *transaction) cut(ctx context.Context, jobs []job) {
 		t.report.Notes = append(t.report.Notes, fmt.Sprintf("%d redirected connections were cut; --drain lets them end first", n))
 	}
 	t.report.Cut = n
+}
+
+// natStays reports whether a chain of nat is there when ours are gone: without one nothing
+// translates the packets of the connections that conntrack knows (nf_nat_unregister_fn,
+// net/netfilter/nf_nat_core.c). The chains of iptables stay, those of our own table do not.
+func (t *transaction) natStays(jobs []job) bool {
+	if !slices.ContainsFunc(jobs, func(j job) bool { return j.variant.Backend == tproxy.NFTables }) {
+		return true
+	}
+	bases, err := t.m.bases()
+	if err == nil && slices.ContainsFunc(bases, func(b kernel.NFTBase) bool { return b.Type == "nat" && foreign(b.Table) }) {
+		return true
+	}
+	for _, f := range rules.Families() {
+		for _, nft := range []bool{true, false} {
+			if tables, err := t.m.tables(nft, f); err == nil && slices.Contains(tables, rules.NAT) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // othersTrack reports whether rules of others need conntrack, wherever they stand. What

@@ -10,6 +10,7 @@ import (
 
 	"github.com/kumahq/kuma-tproxy/internal/oldkuma"
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
@@ -97,8 +98,11 @@ func TestNoneIsCutWhereOthersHoldConntrack(t *testing.T) {
 			"ip6tables-legacy": func(m *fakeMachine) {
 				m.edit(t, "ip6tables-legacy", "*nat\n-A POSTROUTING -o eth0 -j MASQUERADE\nCOMMIT\n")
 			},
-			"another table of theirs": func(m *fakeMachine) { m.tracks = true },
-			"nowhere":                 func(m *fakeMachine) { m.populate(t) },
+			"another table of theirs": func(m *fakeMachine) {
+				m.tracks = true
+				m.nftBases = []kernel.NFTBase{{Table: kernel.NFTTable{Family: "ip", Name: "theirs"}, Chain: "post", Type: "nat", Hook: "POSTROUTING", Priority: 100}}
+			},
+			"nowhere": func(m *fakeMachine) { m.populate(t) },
 		} {
 			m := newFakeMachine(t)
 			hold(m)
@@ -116,6 +120,24 @@ func TestNoneIsCutWhereOthersHoldConntrack(t *testing.T) {
 		m.connections = func() int { return 7 }
 		if r := m.uninstall(t); r.Cut != 0 {
 			t.Errorf("%s: %d cut", rule, r.Cut)
+		}
+	}
+}
+
+// A rule of others that only looks at conntrack translates nothing: with the last chain of
+// nat, which is in our table, the redirected connections go. iptables' chains stay.
+func TestCutWhereOthersOnlyLookAtConntrack(t *testing.T) {
+	for _, b := range tproxy.Backends() {
+		m := newFakeMachine(t)
+		m.edit(t, "iptables-nft", "*filter\n-A INPUT -m conntrack --ctstate ESTABLISHED -j ACCEPT\nCOMMIT\n")
+		m.install(t, tproxy.Config{Backend: b})
+		m.connections = func() int { return 7 }
+		want := 0
+		if b == tproxy.NFTables {
+			want = 14
+		}
+		if r := m.uninstall(t); r.Cut != want {
+			t.Errorf("%s: %d cut, want %d", b, r.Cut, want)
 		}
 	}
 }

@@ -152,6 +152,9 @@ func (t *transaction) snapshot(ctx context.Context) (*Snapshot, error) {
 		text := j.before.text
 		if j.before.table != nil {
 			text = j.before.table.Known().Text()
+			if _, err := rules.ParseNative(text); err != nil { // what cannot be read back is no way back
+				return nil, fmt.Errorf("table inet %s has what no snapshot holds: %w", tproxy.NFTable, err)
+			}
 		}
 		out.Rules = append(out.Rules, SnapshotRules{j.variant.Backend, j.family, text})
 		address = address || j.addressOurs()

@@ -207,22 +207,25 @@ func (s *session) commitTable(step string, commands []rules.NativeCommand) error
 	return e
 }
 
-// nftModules are the kernel modules behind what a command says.
-var nftModules = []struct{ word, module string }{
-	{"redirect to", "nft_redir"},
-	{"fib ", "nft_fib_inet"},
-	{"ct zone", "nft_ct"},
-	{"ct state", "nft_ct"},
-	{"type nat", "nft_chain_nat"},
-	{"type route", "nf_tables"},
+// nftModules are the kernel modules behind what a command says, and what else there is to
+// do. A kernel without zones has no such key of ct (nft_ct_set_init, net/netfilter/nft_ct.c).
+var nftModules = []nftModule{
+	{"redirect to", "nft_redir", ""},
+	{"fib ", "nft_fib_inet", ""},
+	{"ct zone", "nft_ct", ", or leave the zones out with --skip-dns-conntrack-zone-split, which a kernel without CONFIG_NF_CONNTRACK_ZONES takes"},
+	{"ct state", "nft_ct", ""},
+	{"type nat", "nft_chain_nat", "; a chain of nat in the family inet takes Linux 5.2"},
+	{"type route", "nf_tables", "; a chain of route in the family inet takes Linux 5.2"},
 }
+
+type nftModule struct{ word, module, more string }
 
 // diagnoseTable names the cause and the remedy of what the kernel has refused.
 func (s *session) diagnoseTable(e *ApplyError) {
 	const otherwise = "--backend iptables-nft or iptables-legacy"
 	lacks := -1 // which module, where the kernel says that it has no such thing
 	if errors.Is(e.Err, syscall.ENOENT) || errors.Is(e.Err, syscall.EOPNOTSUPP) {
-		lacks = slices.IndexFunc(nftModules, func(m struct{ word, module string }) bool { return strings.Contains(e.Rule, m.word) })
+		lacks = slices.IndexFunc(nftModules, func(m nftModule) bool { return strings.Contains(e.Rule, m.word) })
 	}
 	switch {
 	case errors.Is(e.Err, syscall.EPERM):
@@ -230,7 +233,7 @@ func (s *session) diagnoseTable(e *ApplyError) {
 		e.Remedy = "run as root, or with CAP_NET_ADMIN; if you did, a security module (SELinux, seccomp) denies it: see its log"
 	case lacks >= 0: // EOPNOTSUPP is an ErrUnsupported too
 		e.Err = fmt.Errorf("%w (%w)", ErrNoModule, e.Err)
-		e.Remedy = fmt.Sprintf("modprobe %s, or %s; a chain of nat in the family inet takes Linux 5.2", nftModules[lacks].module, otherwise)
+		e.Remedy = fmt.Sprintf("modprobe %s, or %s%s", nftModules[lacks].module, otherwise, nftModules[lacks].more)
 	case errors.Is(e.Err, errors.ErrUnsupported):
 		e.Err = fmt.Errorf("%w (%w)", ErrUnsupported, e.Err)
 		e.Remedy = "this kernel has no nf_tables, or none for the family inet (CONFIG_NF_TABLES_INET): " + otherwise

@@ -94,6 +94,7 @@ func TestKernelWithoutAFeature(t *testing.T) {
 		{"redirect to", syscall.ENOENT, ErrNoModule, "modprobe nft_redir"},
 		{"fib ", syscall.ENOENT, ErrNoModule, "modprobe nft_fib_inet"},
 		{"ct zone", syscall.ENOENT, ErrNoModule, "modprobe nft_ct"},
+		{"ct zone", syscall.EOPNOTSUPP, ErrNoModule, "--skip-dns-conntrack-zone-split"},
 		{"add table", syscall.EPERM, ErrNotRoot, "CAP_NET_ADMIN"},
 	} {
 		m := newFakeMachine(t)

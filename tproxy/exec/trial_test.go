@@ -475,3 +475,27 @@ func TestUninstallForgetsAnOlderTrial(t *testing.T) {
 		t.Errorf("%+v, %v", last, err)
 	}
 }
+
+// A table in which others have what its text cannot say is no way back: nothing is begun.
+func TestTrialOverATableThatNoSnapshotHolds(t *testing.T) {
+	m := newFakeMachine(t)
+	m.populate(t)
+	m.install(t, native)
+	n := *m.table
+	n.Chains = append(n.Chains[:len(n.Chains):len(n.Chains)], rules.NativeChain{Name: "theirs", Rules: []rules.NativeRule{{Action: rules.Accept{}, Comment: "für uns"}}})
+	m.table = &n
+	other := native
+	other.Inbound.ExcludePorts = rules.Port(8080)
+	before := m.state()
+	_, err := (&Runner{machine: m}).Try(context.Background(), m.plan(t, other), TrialOptions{Within: MaxTrial, Watch: func(context.Context, Trial) (string, error) {
+		t.Error("a watch was begun")
+		return "", nil
+	}})
+	if err == nil || !strings.Contains(err.Error(), "has what no snapshot holds: line ") {
+		t.Errorf("%v", err)
+	}
+	m.unchanged(t, before)
+	if len(m.kept) != 0 {
+		t.Errorf("kept: %v", m.kept)
+	}
+}

@@ -237,3 +237,32 @@ func TestNativeRefuses(t *testing.T) {
 		}
 	}
 }
+
+// What is known of a table in which others have something can be made again: each set is
+// whole, no rule looks into one that is not, and the text is read back.
+func TestKnownOfATableWithSetsOfOthers(t *testing.T) {
+	into := func(set string) NativeRule {
+		return NativeRule{Matches: []NativeMatch{{Key: KeyProtocol, First: []byte{6}}, {Key: KeyDestinationPort, Set: set}}, Action: Accept{}}
+	}
+	n := Native{
+		Table:   "kuma-tproxy",
+		Strange: []string{"set map: keys of type 0 and 4 bytes", "set timed: flags 0x14"},
+		Sets:    []NativeSet{{Name: "empty", Type: "inet_service"}, {Name: "map"}, {Name: "timed", Type: "inet_service"}},
+		Chains:  []NativeChain{{Name: "nat.MINE", Rules: []NativeRule{into("timed"), into("empty")}}},
+	}
+	k := n.Known()
+	if len(k.Sets) != 1 || k.Sets[0].Name != "empty" || len(k.Chains[0].Rules) != 1 || !k.Chains[0].Rules[0].Equal(into("empty")) {
+		t.Errorf("known: %+v", k)
+	}
+	if others := strings.Join(n.Others(), "; "); !strings.Contains(others, "a rule of chain nat.MINE: meta l4proto tcp tcp dport @timed accept") || strings.Contains(others, "@empty") {
+		t.Errorf("others: %s", others)
+	}
+	if again, err := ParseNative(k.Text()); err != nil || !again.Equal(&k) {
+		t.Errorf("read back: %v\n%s", err, k.Text())
+	}
+	for _, c := range NativeTransition(nil, &k) {
+		if c.Verb == AddSet && c.String() != "add set inet kuma-tproxy empty { type inet_service; flags interval; }" {
+			t.Errorf("%s", c)
+		}
+	}
+}

@@ -143,7 +143,7 @@ func (n Native) unsure(m NativeMatch) bool {
 	if m.Not && (m.Key == KeyUID || m.Key == KeyGID) {
 		return true
 	}
-	return m.Set != "" && slices.ContainsFunc(n.Strange, func(s string) bool { return strings.HasPrefix(s, "set "+m.Set+": ") })
+	return n.looksIntoStrange(m)
 }
 
 // lead sets where a rule leads: to a chain of the same table by its name there.

@@ -32,15 +32,27 @@ func (n Native) Set() Set {
 }
 
 // Known returns the table without what no table made by Set.Native has: what can be
-// made again of it.
+// made again of it. A set of which not all is known goes with the rules that look into it.
 func (n Native) Known() Native {
-	n.Strange = nil
+	unknown := func(r NativeRule) bool { return r.Unknown != "" || slices.ContainsFunc(r.Matches, n.looksIntoStrange) }
+	n.Sets = slices.DeleteFunc(slices.Clone(n.Sets), n.isStrange)
 	n.Chains = slices.Clone(n.Chains)
 	for i := range n.Chains {
 		c := &n.Chains[i]
-		c.Rules = slices.DeleteFunc(slices.Clone(c.Rules), func(r NativeRule) bool { return r.Unknown != "" })
+		c.Rules = slices.DeleteFunc(slices.Clone(c.Rules), unknown)
 	}
+	n.Strange = nil
 	return n
+}
+
+// isStrange reports whether something of a set was not understood.
+func (n Native) isStrange(s NativeSet) bool {
+	return s.Type == "" || slices.ContainsFunc(n.Strange, func(what string) bool { return strings.HasPrefix(what, "set "+s.Name+": ") })
+}
+
+func (n Native) looksIntoStrange(m NativeMatch) bool {
+	s, _ := n.set(m.Set)
+	return m.Set != "" && n.isStrange(s)
 }
 
 // Others are what Known leaves out, in words, such as "a rule of chain nat.OUTPUT: tcp
@@ -49,8 +61,11 @@ func (n Native) Others() []string {
 	out := slices.Clone(n.Strange)
 	for _, c := range n.Chains {
 		for _, r := range c.Rules {
-			if r.Unknown != "" {
+			switch {
+			case r.Unknown != "":
 				out = append(out, fmt.Sprintf("a rule of chain %s: %s", c.Name, r.Unknown))
+			case slices.ContainsFunc(r.Matches, n.looksIntoStrange):
+				out = append(out, fmt.Sprintf("a rule of chain %s: %s", c.Name, r))
 			}
 		}
 	}

@@ -28,8 +28,11 @@ func (n Native) Text() []byte {
 		if i > 0 {
 			b = append(b, '\n')
 		}
-		b = fmt.Appendf(b, "\tset %s {\n\t\ttype %s\n\t\tflags interval\n\t\telements = { ", s.Name, s.Type)
-		b = append(s.appendElements(b), " }\n\t}\n"...)
+		b = fmt.Appendf(b, "\tset %s {\n\t\ttype %s\n\t\tflags interval\n", s.Name, s.Type)
+		if len(s.Elements) > 0 { // nft(8) reads no empty braces
+			b = append(s.appendElements(append(b, "\t\telements = { "...)), " }\n"...)
+		}
+		b = append(b, "\t}\n"...)
 	}
 	for i, c := range n.Chains {
 		if i > 0 || len(n.Sets) > 0 {
@@ -70,8 +73,11 @@ func (c NativeCommand) String() string {
 	case DeleteTable:
 		return "delete table inet " + c.Table
 	case AddSet:
-		b := fmt.Appendf(nil, "add set inet %s %s { type %s; flags interval; elements = { ", c.Table, c.Set.Name, c.Set.Type)
-		return string(append(c.Set.appendElements(b), " }; }"...))
+		b := fmt.Appendf(nil, "add set inet %s %s { type %s; flags interval; ", c.Table, c.Set.Name, c.Set.Type)
+		if len(c.Set.Elements) > 0 {
+			b = append(c.Set.appendElements(append(b, "elements = { "...)), " }; "...)
+		}
+		return string(append(b, '}'))
 	case DeleteSet:
 		return fmt.Sprintf("delete set inet %s %s", c.Table, c.Set.Name)
 	case AddChain:
