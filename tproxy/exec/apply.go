@@ -30,6 +30,10 @@ const maxTries = 10
 //
 // While an install waits for its confirmation (see Try), the error is a *PendingError.
 //
+// Where the plan's Config leaves the backend open and this kernel turns out not to hold
+// the table of nftables that Build chose, the install goes into iptables, if it can, and
+// the report says so.
+//
 // The context is looked at between steps only: a cancelled Apply is undone,
 // never left half.
 func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
@@ -38,6 +42,39 @@ func (r *Runner) Apply(ctx context.Context, p *tproxy.Plan) (*Report, error) {
 
 // apply is Apply, or with a trial Try.
 func (r *Runner) apply(ctx context.Context, p *tproxy.Plan, try *TrialOptions) (*Report, error) {
+	report, err := r.applyTo(ctx, p, try)
+	if q := withoutTable(p, err); q != nil {
+		why := err
+		if report, err = r.applyTo(ctx, q, try); err == nil {
+			report.Notes = append(report.Notes, fmt.Sprintf("nftables was tried first, and this kernel cannot: %v", why))
+		}
+	}
+	return report, err
+}
+
+// withoutTable is the plan by iptables where this kernel refused what nobody asked for by
+// name, a table of nftables; nil where that is not so. Of what the kernel lacks, short of
+// trying, only its release tells.
+func withoutTable(p *tproxy.Plan, err error) *tproxy.Plan {
+	e, failed := errors.AsType[*ApplyError](err)
+	if !failed || len(e.Left) > 0 || p.Backend != tproxy.NFTables || p.Config.Backend != tproxy.Auto || !errors.Is(err, ErrNoModule) && !errors.Is(err, ErrUnsupported) {
+		return nil
+	}
+	host := p.Host
+	host.Variants = slices.DeleteFunc(slices.Clone(host.Variants), func(v tproxy.Variant) bool { return v.Backend == tproxy.NFTables })
+	host.NoNFTables = e.Err.Error()
+	if len(host.Variants) == 0 {
+		return nil
+	}
+	q, err := tproxy.Build(p.Config, host)
+	if err != nil {
+		return nil // what the kernel said is nearer
+	}
+	return q
+}
+
+// applyTo is apply, of the plan as it is.
+func (r *Runner) applyTo(ctx context.Context, p *tproxy.Plan, try *TrialOptions) (*Report, error) {
 	s, err := r.session()
 	if err != nil {
 		return nil, err

@@ -15,6 +15,7 @@ import (
 	"github.com/coreos/go-iptables/iptables"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/nft"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
@@ -312,6 +313,9 @@ func passes(err error) bool {
 	e, ok := errors.AsType[*ApplyError](err)
 	if !ok || errors.Is(err, ErrLocked) {
 		return ok
+	}
+	if errors.Is(e.Err, nft.ErrUnknown) {
+		return true // of a batch whose answer was lost: it was not done, or the rules would have changed
 	}
 	for _, errno := range []syscall.Errno{syscall.EAGAIN, syscall.EBUSY, syscall.ENOBUFS, syscall.EINTR} {
 		if errors.Is(e.Err, errno) {

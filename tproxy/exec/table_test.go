@@ -143,3 +143,57 @@ type failsBehind struct{ *fakeMachine }
 func (*failsBehind) hasAddress(netip.Addr) (bool, error) { return false, nil }
 
 func (*failsBehind) addAddress(netip.Prefix) (bool, error) { return false, syscall.ENOMEM }
+
+// Where the kernel lacks what a table takes, what was left open is iptables, on trial or
+// not, and what was asked for is an error; nothing of the try is left.
+func TestKernelWithoutWhatATableTakes(t *testing.T) {
+	open := tproxy.Config{Inbound: native.Inbound}
+	without := func(commands []rules.NativeCommand) (int, error) {
+		for i, c := range commands {
+			if _, redirects := c.Rule.Action.(rules.Redirect); redirects {
+				return i, syscall.ENOENT
+			}
+		}
+		return -1, nil
+	}
+	for _, on := range []string{"for good", "on trial"} {
+		m := newFakeMachine(t)
+		m.noTable, m.onCommit = "", without
+		p := m.plan(t, open)
+		if p.Backend != tproxy.NFTables {
+			t.Fatalf("planned for %s", p.Backend)
+		}
+		var r *Report
+		var err error
+		if on == "for good" {
+			r, err = (&Runner{machine: m}).Apply(context.Background(), p)
+		} else {
+			r, err = (&Runner{machine: m}).Try(context.Background(), p, TrialOptions{Within: MaxTrial, Watch: func(context.Context, Trial) (string, error) { return "by hand", nil }})
+		}
+		if err != nil || r.Backend != tproxy.IPTablesNFT || m.table != nil || !strings.Contains(strings.Join(r.Notes, "\n"), "nftables was tried first, and this kernel cannot: ") {
+			t.Errorf("%s: %+v, %v", on, r, err)
+		}
+		if on == "on trial" && (r.Trial == nil || r.Trial.Left <= 0) {
+			t.Errorf("the trial is %+v", r.Trial)
+		}
+	}
+	m := newFakeMachine(t)
+	m.noTable, m.onCommit = "", without
+	before := m.state()
+	asked := open
+	asked.Backend = tproxy.NFTables
+	if _, err := (&Runner{machine: m}).Apply(context.Background(), m.plan(t, asked)); !errors.Is(err, ErrNoModule) {
+		t.Errorf("asked for: %v", err)
+	}
+	m.unchanged(t, before)
+	for _, v := range prefixes { // and where there is no iptables
+		m.missing[v+"-save"], m.missing[v+"-restore"] = true, true
+	}
+	for _, plain := range []string{"iptables", "ip6tables"} {
+		m.missing[plain+"-save"], m.missing[plain+"-restore"] = true, true
+	}
+	if _, err := (&Runner{machine: m}).Apply(context.Background(), m.plan(t, open)); !errors.Is(err, ErrNoModule) {
+		t.Errorf("without iptables: %v", err)
+	}
+	m.unchanged(t, before)
+}

@@ -488,9 +488,16 @@ func (n *nativeMaker) named(k NativeKey, kind string, ranges []NativeRange) stri
 		sum.Write(r.First)
 		sum.Write(r.Last)
 	}
-	name := fmt.Sprintf("%s-%016x", kind, sum.Sum64())
-	if !slices.ContainsFunc(n.Sets, func(s NativeSet) bool { return s.Name == name }) {
-		n.Sets = append(n.Sets, NativeSet{Name: name, Type: k.SetType(), Elements: ranges})
+	want := NativeSet{Name: fmt.Sprintf("%s-%016x", kind, sum.Sum64()), Type: k.SetType(), Elements: ranges}
+	for {
+		s, there := n.Native.set(want.Name)
+		switch {
+		case !there:
+			n.Sets = append(n.Sets, want)
+			return want.Name
+		case s.equal(want):
+			return want.Name
+		}
+		want.Name += "-" // another list with the same sum
 	}
-	return name
 }
