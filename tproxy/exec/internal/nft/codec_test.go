@@ -166,7 +166,7 @@ func TestDecodeIsWhatWasEncoded(t *testing.T) {
 
 // decoded reads what Encode writes, as a kernel that repeats all of it would answer.
 func decoded(t interface{ Fatalf(string, ...any) }, order binary.ByteOrder, n *rules.Native) *rules.Native {
-	d := decoder{order: order, Native: rules.Native{Table: n.Table}}
+	d := decoder{order: order, family: familyInet, Native: rules.Native{Table: n.Table}}
 	for _, m := range messages(t, order, Encode(rules.NativeTransition(nil, n), order).Bytes()) {
 		d.take(m)
 	}
@@ -199,7 +199,7 @@ func FuzzDecode(f *testing.F) { f.Fuzz(rapid.MakeFuzz(anything)) }
 func anything(t *rapid.T) {
 	order := binary.ByteOrder(binary.LittleEndian)
 	all := messages(t, order, Encode(rules.NativeTransition(nil, everything()), order).Bytes())
-	d := decoder{order: order, Native: rules.Native{Table: "mine"}}
+	d := decoder{order: order, family: familyInet, Native: rules.Native{Table: "mine"}}
 	for _, m := range all {
 		m.body = bytes.Clone(m.body)
 		for range rapid.IntRange(0, 3).Draw(t, "changes") {
@@ -251,7 +251,7 @@ func TestBatchKnowsItsCommands(t *testing.T) {
 
 // What a kernel here may not have: a flowtable.
 func TestOtherThings(t *testing.T) {
-	d := decoder{order: binary.LittleEndian, Native: rules.Native{Table: "mine"}}
+	d := decoder{order: binary.LittleEndian, family: familyInet, Native: rules.Native{Table: "mine"}}
 	e := &encoder{little: true}
 	for _, table := range []string{"mine", "theirs"} {
 		at := len(e.b)

@@ -219,7 +219,7 @@ func (c *Conn) drain() {
 // its rule.
 //
 // A reading counts if no commit came in between. Where others commit all the time, there
-// is none such: then two in a row that are the same do.
+// is none such: after some, three in a row that are the same do.
 func (c *Conn) List(table string) (*rules.Native, uint32, error) {
 	return c.listOf(familyInet, "inet", table)
 }
@@ -245,8 +245,8 @@ func (c *Conn) listOf(family byte, name, table string) (*rules.Native, uint32, e
 	}
 	what := fmt.Sprintf("table %s %q", name, table)
 	var last *rules.Native
-	read := false // last
-	for range readTries {
+	same := 0 // how many in a row were last
+	for try := range 2 * readTries {
 		before, err := c.generation()
 		if err != nil {
 			return nil, 0, err
@@ -259,10 +259,18 @@ func (c *Conn) listOf(family byte, name, table string) (*rules.Native, uint32, e
 		if err != nil {
 			return nil, 0, err
 		}
-		if whole && before == after || read && (last == nil) == (n == nil) && (n == nil || n.Same(last)) {
+		switch torn := n == nil && !whole; {
+		case torn:
+			same = 0
+		case same > 0 && (last == nil) == (n == nil) && (n == nil || n.Same(last)):
+			same++
+		default:
+			same = 1
+		}
+		if whole && before == after || same >= 3 && try >= readTries {
 			return n, after, nil
 		}
-		last, read = n, n != nil || whole
+		last = n
 	}
 	return nil, 0, fmt.Errorf("nf_tables %s: %w", what, kernel.ErrChanging)
 }
