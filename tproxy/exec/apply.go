@@ -483,6 +483,9 @@ func (t *transaction) addAddress(ctx context.Context, a tproxy.AddAddress) error
 	}
 	added, err := t.m.addAddress(a.Prefix)
 	if err != nil {
+		// The kernel may have added it all the same, and its answer was lost: it was not
+		// there before.
+		t.undo = append(t.undo, undo{a.Undo(), func(context.Context) (bool, error) { return t.m.delAddress(a.Prefix) }})
 		return &ApplyError{Step: a.String(), Family: rules.IPv6, Err: err,
 			Remedy: "leave IPv6 untouched with --ip-family-mode=ipv4"}
 	}

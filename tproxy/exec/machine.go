@@ -375,7 +375,7 @@ func (system) noNFTables() string {
 		return fmt.Sprintf("the kernel is Linux %d.%d, and nat in the family inet takes 5.2", major, minor)
 	}
 	err := withTable((*nft.Conn).Supported)
-	if err != nil && !errors.Is(err, fs.ErrPermission) { // without root it cannot be told
+	if errors.Is(err, errors.ErrUnsupported) { // what else fails may pass, and is no answer
 		return err.Error()
 	}
 	return ""

@@ -11,7 +11,7 @@ import (
 const (
 	nlmFDumpIntr   = 0x10 // NLM_F_DUMP_INTR: something changed during the dump
 	netlinkHeader  = syscall.NLMSG_HDRLEN
-	dumpTries      = 10
+	dumpTries      = 100 // beside a client that commits again and again, some succeed
 	receiveSeconds = 10
 	// The kernel sends at most 32 KiB at once (netlink_dump,
 	// net/netlink/af_netlink.c).
