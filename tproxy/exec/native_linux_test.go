@@ -240,11 +240,6 @@ var tracedCalls = regexp.MustCompile(`(?m)^(?:\d+ +)?(sendto|recvfrom)\(`)
 // flags finishes the job.
 func TestFaultsOfNetlink(t *testing.T) { netlinkFaults(t, 4) }
 
-func TestStressFaultsOfNetlink(t *testing.T) {
-	onlyIn(t, "stress")
-	netlinkFaults(t, 200)
-}
-
 func netlinkFaults(t *testing.T, times int) {
 	netlab.Require(t, "strace")
 	kinds := []string{"error=ENOBUFS", "error=EPERM", "error=EINTR", "error=ENOMEM", "signal=SIGKILL"}
