@@ -375,22 +375,12 @@ func (p *Plan) loops() (out []Refusal) {
 
 func (p *Plan) steps() {
 	p.Steps = make([]Step, 0, 3)
-	if p.Backend == NFTables { // one table for both families
-		p.Steps = append(p.Steps, ReplaceRules{Backend: NFTables})
-	} else {
-		for _, f := range p.Families {
-			p.Steps = append(p.Steps, ReplaceRules{f, p.Backend})
-		}
+	for _, f := range p.Commits() {
+		p.Steps = append(p.Steps, ReplaceRules{f, p.Backend})
 	}
 	for _, v := range p.Host.Variants {
-		if v.Backend == NFTables {
-			if p.Backend != NFTables && len(v.Ours) > 0 {
-				p.Steps = append(p.Steps, RemoveRules{Backend: NFTables})
-			}
-			continue
-		}
 		for _, f := range v.Ours {
-			if v.Backend != p.Backend || !slices.Contains(p.Families, f) {
+			if p.Goes(v.Backend, f) {
 				p.Steps = append(p.Steps, RemoveRules{f, v.Backend})
 			}
 		}

@@ -125,7 +125,7 @@ type Variant struct {
 	// Rules is whether the kernel holds rules of this variant.
 	Rules bool
 	// Ours are the families in which some of those rules are ours, or were left by
-	// Kuma's own installer. Of NFTables they are both, if there is a table of ours.
+	// Kuma's own installer. Of NFTables it is 0, which is both, if there is a table of ours.
 	Ours []rules.Family
 	// Unknown is the reason for which Rules and Ours could not be told.
 	Unknown string

@@ -187,7 +187,7 @@ func TestParsePersist(t *testing.T) {
 func TestTableComesBack(t *testing.T) {
 	programs := tproxy.Programs{Save: "/s", Restore: "/r"}
 	table := tproxy.Variant{Backend: tproxy.NFTables}
-	filled := tproxy.Variant{Backend: tproxy.NFTables, Rules: true, Ours: []rules.Family{rules.IPv4, rules.IPv6}}
+	filled := tproxy.Variant{Backend: tproxy.NFTables, Rules: true, Ours: []rules.Family{0}}
 	nft := tproxy.Variant{Backend: tproxy.IPTablesNFT, IPv4: programs, IPv6: programs, Default: true}
 	with := nft
 	with.Rules, with.Ours = true, []rules.Family{rules.IPv4}

@@ -37,6 +37,21 @@ type Plan struct {
 	Notes []string
 }
 
+// Commits are the families whose rules are put in place apart: each of Families, or, with
+// NFTables, 0, which is all of them in one.
+func (p *Plan) Commits() []rules.Family {
+	if p.Backend == NFTables {
+		return []rules.Family{0}
+	}
+	return p.Families
+}
+
+// Goes reports whether what is ours in a family of a backend, 0 with NFTables, is to be
+// taken out once the plan's rules are in place.
+func (p *Plan) Goes(b Backend, f rules.Family) bool {
+	return b != p.Backend || !slices.Contains(p.Commits(), f)
+}
+
 // Step is one change that an install makes. The types of this package are the
 // only ones.
 type Step interface {

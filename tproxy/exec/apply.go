@@ -204,23 +204,16 @@ func (t *transaction) applyJobs(p *tproxy.Plan) ([]job, error) {
 			Remedy: "install the package iptables"}
 	}
 	var jobs []job
-	if p.Backend == tproxy.NFTables {
-		v, ok := p.Host.Variant(tproxy.NFTables)
-		step := tproxy.ReplaceRules{Backend: tproxy.NFTables}.String()
-		if !ok {
+	for _, f := range p.Commits() {
+		step := tproxy.ReplaceRules{Family: f, Backend: p.Backend}.String()
+		v, ok := p.Host.Variant(p.Backend)
+		switch {
+		case ok && v.Installed(f):
+		case p.Backend == tproxy.NFTables:
 			return nil, &ApplyError{Step: step,
 				Err:    fmt.Errorf("the plan was made for a kernel without nftables: %w", ErrUnsupported),
 				Remedy: "build the plan from what Runner.Probe observes"}
-		}
-		jobs = append(jobs, job{step: step, variant: v, want: p.WithRecord})
-	}
-	for _, f := range p.Families {
-		if p.Backend == tproxy.NFTables {
-			break
-		}
-		step := tproxy.ReplaceRules{Family: f, Backend: p.Backend}.String()
-		v, ok := p.Host.Variant(p.Backend)
-		if !ok || !v.Installed(f) {
+		default:
 			return nil, &ApplyError{Step: step, Family: f,
 				Err:    fmt.Errorf("the plan was made for a host without the programs of %s for %s: %w", p.Backend, f, ErrUnsupported),
 				Remedy: "install the package iptables, and build the plan from what Runner.Probe observes then"}
@@ -232,9 +225,7 @@ func (t *transaction) applyJobs(p *tproxy.Plan) ([]job, error) {
 		now[i].Rules, now[i].Ours, now[i].Unknown = false, nil, ""
 		t.inKernel(&now[i])
 	}
-	gone, err := t.removals(now, func(b tproxy.Backend, f rules.Family) bool {
-		return b != p.Backend || f != 0 && !slices.Contains(p.Families, f)
-	})
+	gone, err := t.removals(now, p.Goes)
 	return append(jobs, gone...), err
 }
 
@@ -246,12 +237,6 @@ func (t *transaction) removals(variants []tproxy.Variant, goes func(tproxy.Backe
 		if v.Unknown != "" {
 			return nil, &ApplyError{Step: "reading what is installed",
 				Err: fmt.Errorf("whether rules of ours stand in %s cannot be told: %s", v.Backend, v.Unknown)}
-		}
-		if v.Backend == tproxy.NFTables {
-			if len(v.Ours) > 0 && goes(v.Backend, 0) {
-				jobs = append(jobs, job{step: tproxy.RemoveRules{Backend: v.Backend}.String(), variant: v, want: nothing})
-			}
-			continue
 		}
 		for _, f := range v.Ours {
 			if !goes(v.Backend, f) {
@@ -555,7 +540,7 @@ func (t *transaction) replace(ctx context.Context, j *job, want rules.Set) error
 			return err
 		}
 		if t.lookOnly {
-			return &ApplyError{Step: j.step, Family: j.family, Err: fmt.Errorf("they are not so: %s", c.first(j.compare(now, want)))}
+			return &ApplyError{Step: j.step, Family: j.family, Err: fmt.Errorf("they are not so: %s", c.first(fr.Changes))}
 		}
 		fr.Script = c.script
 		if t.dryRun {

@@ -119,7 +119,7 @@ func (s *session) inKernel(v *tproxy.Variant) {
 		case err != nil:
 			v.Unknown = err.Error()
 		case has:
-			v.Rules, v.Ours = true, rules.Families()
+			v.Rules, v.Ours = true, []rules.Family{0}
 		}
 		return
 	}

@@ -47,17 +47,16 @@ func (s *session) scripts(p *tproxy.Plan, rec tproxy.Record, service, names *per
 		// Before the rules: there is no record yet that could be wrong.
 		service.Commands = append(service.Commands, []string{need("ip"), "-6", "address", "replace", hostPrefix(v6).String(), "dev", "lo"})
 	}
+	families := p.Families
 	if p.Backend == tproxy.NFTables {
+		families = nil // the table is both
 		nft := need("nft")
 		out = append(out, newFile(tableScript, p.WithRecord(rec).NFTables(tproxy.NFTable)))
 		service.Commands = append(service.Commands, []string{sh, "-c",
 			fmt.Sprintf("%[1]s list table inet %[2]s >/dev/null 2>&1 || exec %[1]s -f %[3]s", quoted(nft), tproxy.NFTable, tableScript)})
 		service.Files = append(service.Files, tableScript)
 	}
-	for _, f := range p.Families {
-		if p.Backend == tproxy.NFTables {
-			break
-		}
+	for _, f := range families {
 		name, programs := scriptName(f), v.For(f)
 		for _, p := range []string{programs.Save, programs.Restore} {
 			_, target := s.m.find(p)

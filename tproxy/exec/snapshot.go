@@ -271,8 +271,7 @@ func (t *transaction) restoreJobs(ctx context.Context, before *Snapshot) ([]job,
 			if err != nil {
 				return nil, &ApplyError{Step: step, Err: err}
 			}
-			was := n.Set()
-			jobs = append(jobs, job{step: step, variant: variants[i], want: func(tproxy.Record) rules.Set { return was }, table: &n})
+			jobs = append(jobs, job{step: step, variant: variants[i], want: nothing, table: &n})
 			continue
 		}
 		if i < 0 {
@@ -289,7 +288,7 @@ func (t *transaction) restoreJobs(ctx context.Context, before *Snapshot) ([]job,
 		jobs = append(jobs, job{step: step, variant: variants[i], family: r.Family, want: func(tproxy.Record) rules.Set { return was }})
 	}
 	gone, err := t.removals(variants, func(b tproxy.Backend, f rules.Family) bool {
-		return !slices.ContainsFunc(before.Rules, func(r SnapshotRules) bool { return r.Backend == b && (r.Family == f || f == 0) })
+		return !slices.ContainsFunc(before.Rules, func(r SnapshotRules) bool { return r.Backend == b && r.Family == f })
 	})
 	return append(jobs, gone...), err
 }

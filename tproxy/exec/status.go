@@ -220,10 +220,7 @@ func (l *looker) read(ctx context.Context) error {
 			l.cannot("whether rules of ours stand in %s cannot be told: %s", v.Backend, v.Unknown)
 		}
 		for _, f := range v.Ours {
-			if v.Backend == tproxy.NFTables {
-				break
-			}
-			if !slices.ContainsFunc(l.live.Rules, func(r LiveRules) bool { return r.Family == f && r.Backend == v.Backend }) {
+			if v.Backend != tproxy.NFTables && !slices.ContainsFunc(l.live.Rules, func(r LiveRules) bool { return r.Family == f && r.Backend == v.Backend }) {
 				l.cannot("%s rules of ours stand in %s, and its save program is not here", f, v.Backend)
 				l.unread = append(l.unread, LiveRules{Family: f, Backend: v.Backend})
 			}
