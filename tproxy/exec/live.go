@@ -162,15 +162,16 @@ type reader struct {
 
 // table reads our table in nftables.
 func (r *reader) table() error {
-	if r.m.noNFTables() != "" {
+	if !slices.ContainsFunc(r.variants, func(v tproxy.Variant) bool { return v.Backend == tproxy.NFTables }) {
 		return nil
 	}
 	n, err := r.m.ownTable()
 	if err != nil || n == nil {
 		return err
 	}
+	set := n.Set()
 	for _, f := range rules.Families() {
-		if n.Set().Has(f) {
+		if set.Has(f) {
 			r.Rules = append(r.Rules, LiveRules{Family: f, Backend: tproxy.NFTables, Set: n.For(f), Table: n})
 		}
 	}
@@ -225,15 +226,12 @@ func (r *reader) family(b tproxy.Backend, f rules.Family) error {
 
 // others finds the base chains of nftables that iptables-save does not show.
 func (r *reader) others() error {
-	bases, err := r.m.bases()
+	bases, err := r.basesOfOthers()
 	if err != nil {
 		return err
 	}
 	for _, b := range bases {
 		table := b.Table.Family + " " + b.Table.Name
-		if table == "inet "+tproxy.NFTable {
-			continue
-		}
 		what := "table " + table
 		if slices.Contains(r.shown, table) {
 			if listed(b) {
@@ -265,7 +263,7 @@ func (r *reader) others() error {
 // foreign reads those tables of others of which all base chains are called where a walk
 // knows it.
 func (r *reader) foreign() error {
-	bases, err := r.m.bases()
+	bases, err := r.basesOfOthers()
 	if err != nil {
 		return err
 	}
@@ -273,7 +271,7 @@ func (r *reader) foreign() error {
 	var tables []kernel.NFTTable
 	for _, b := range bases {
 		table := b.Table.Family + " " + b.Table.Name
-		if table == "inet "+tproxy.NFTable || slices.Contains(r.shown, table) {
+		if slices.Contains(r.shown, table) {
 			continue
 		}
 		if !slices.Contains(tables, b.Table) {

@@ -293,8 +293,7 @@ func (system) foreignTables() ([]string, error) {
 
 // foreign reports whether a table is neither of iptables-nft nor our own.
 func foreign(t kernel.NFTTable) bool {
-	ours := t.Family == "inet" && t.Name == tproxy.NFTable
-	return !ours && ((t.Family != "ip" && t.Family != "ip6") || !isIPTables(t.Name))
+	return t != ownTable && ((t.Family != "ip" && t.Family != "ip6") || !isIPTables(t.Name))
 }
 
 func (system) tracked() (bool, error) {
@@ -342,7 +341,7 @@ func withTable(do func(*nft.Conn) error) error {
 
 func (system) hasOwnTable() (bool, error) {
 	all, err := nftTables()
-	return slices.Contains(all, kernel.NFTTable{Family: "inet", Name: tproxy.NFTable}), err
+	return slices.Contains(all, ownTable), err
 }
 
 func (system) ownTable() (n *rules.Native, err error) {

@@ -65,7 +65,6 @@ func (t *transaction) filters(p *tproxy.Plan) (notes []string) {
 	if err != nil {
 		t.log.Warn("tables of nftables cannot be listed", "error", err)
 	}
-	foreign = slices.DeleteFunc(foreign, func(name string) bool { return name == "inet "+tproxy.NFTable })
 	firewalld := func(name string) bool { return strings.HasSuffix(name, " firewalld") }
 	others := slices.DeleteFunc(slices.Clone(foreign), firewalld)
 	if len(others) < len(foreign) {
@@ -102,7 +101,7 @@ func (t *transaction) filters(p *tproxy.Plan) (notes []string) {
 // redirected, and what each does with what none of its rules accepts: that much can be
 // read without a program.
 func (s *session) nftFilters(p *tproxy.Plan) (notes []string) {
-	bases, err := s.m.bases()
+	bases, err := s.basesOfOthers()
 	if err != nil {
 		return []string{fmt.Sprintf("what filters connections that are redirected cannot be told: %v", err)}
 	}
@@ -110,7 +109,7 @@ func (s *session) nftFilters(p *tproxy.Plan) (notes []string) {
 	var mayFilter []string
 	for _, b := range bases {
 		table := b.Table.Family + " " + b.Table.Name
-		if b.Hook != string(rules.Input) || b.Type != "filter" || !sees(b, p.Families) || strings.HasSuffix(table, " firewalld") || table == "inet "+tproxy.NFTable {
+		if b.Hook != string(rules.Input) || b.Type != "filter" || !sees(b, p.Families) || strings.HasSuffix(table, " firewalld") {
 			continue
 		}
 		if b.Drops {
@@ -136,13 +135,13 @@ func (s *session) nftTranslations(p *tproxy.Plan) (notes []string) {
 	if p.Backend != tproxy.NFTables {
 		return nil
 	}
-	bases, err := s.m.bases()
+	bases, err := s.basesOfOthers()
 	if err != nil {
 		return []string{fmt.Sprintf("whether chains of others translate before ours cannot be told: %v", err)}
 	}
 	for _, b := range bases {
 		table := b.Table.Family + " " + b.Table.Name
-		if b.Hook != string(rules.Output) || !inFront(b) || !sees(b, p.Families) || table == "inet "+tproxy.NFTable {
+		if b.Hook != string(rules.Output) || !inFront(b) || !sees(b, p.Families) {
 			continue
 		}
 		comes := "comes before ours"

@@ -67,7 +67,10 @@ func (s *session) probe(ctx context.Context, n tproxy.Needs) (h tproxy.Host, err
 			return h, err
 		}
 	}
-	h.Variants, h.NoNFTables = s.variants(ctx), s.m.noNFTables()
+	h.Variants = s.variants(ctx)
+	if _, ok := h.Variant(tproxy.NFTables); !ok {
+		h.NoNFTables = s.m.noNFTables()
+	}
 	if n.Persist != nil {
 		s.persistence(ctx, *n.Persist, &h)
 	}

@@ -9,6 +9,7 @@ import (
 	"syscall"
 
 	"github.com/kumahq/kuma-tproxy/tproxy"
+	"github.com/kumahq/kuma-tproxy/tproxy/exec/internal/kernel"
 	"github.com/kumahq/kuma-tproxy/tproxy/rules"
 )
 
@@ -32,6 +33,15 @@ func liveTable(n *rules.Native) live {
 	set := n.Set()
 	return live{all: set, Found: tproxy.Found{Ours: set}, table: n}
 }
+
+// basesOfOthers are the base chains of nftables that are not of our table.
+func (s *session) basesOfOthers() ([]kernel.NFTBase, error) {
+	bases, err := s.m.bases()
+	return slices.DeleteFunc(slices.Clone(bases), func(b kernel.NFTBase) bool { return b.Table == ownTable }), err
+}
+
+// ownTable is the one of ours.
+var ownTable = kernel.NFTTable{Family: "inet", Name: tproxy.NFTable}
 
 // orNFTables says why no rules can stand in nftables, after the reason for iptables.
 func (s *session) orNFTables() string {
