@@ -49,7 +49,11 @@ func (p *Plan) chooseBackend() *Refusal {
 		}
 		return choose(v, "asked for")
 	}
-	if v, ok := h.Variant(NFTables); ok && p.ownTable(v) {
+	v, ok := h.Variant(NFTables)
+	if ok && p.iptablesComesBack() {
+		p.note("the rules are not in a table of nftables, which would not come back after a restart: %s", h.Persistence.NoTable)
+	}
+	if ok && p.ownTable(v) {
 		why := ownTable
 		if len(v.Ours) > 0 {
 			why = "our rules are there already"
@@ -59,20 +63,17 @@ func (p *Plan) chooseBackend() *Refusal {
 	can := p.iptables()
 	switch len(can) {
 	case 0:
-		if v, ok := h.Variant(NFTables); ok && p.usable(v) && p.Persist != PersistFirewalld {
+		if ok && p.Persist != PersistFirewalld {
 			return choose(v, "the only one that can be used here")
 		}
-		v := h.Variants[0]
-		if v.Backend == NFTables {
-			v = Variant{Backend: IPTablesNFT}
-			return p.missing(v, loadsWith)
+		if v = h.Variants[0]; v.Backend == NFTables {
+			return p.missing(Variant{Backend: IPTablesNFT}, loadsWith)
 		}
 		return p.missing(v, "the only one here")
 	case 1:
 		return choose(can[0], "the only one with all its programs here")
 	}
-	v, why := p.preferred(can)
-	return choose(v, why)
+	return choose(p.preferred(can))
 }
 
 // usable reports whether a variant has what each of the families takes.
@@ -135,13 +136,18 @@ func (p *Plan) ownTable(v Variant) bool {
 	switch {
 	case p.Persist == PersistFirewalld:
 		return false
-	case p.Persist == PersistSystemd && p.Host.Persistence.NoTable != "" && len(p.iptables()) > 0:
-		p.note("the rules are not in a table of nftables, which would not come back after a restart: %s", p.Host.Persistence.NoTable)
+	case p.iptablesComesBack():
 		return false
 	case len(v.Ours) > 0:
 		return true
 	}
 	return !slices.ContainsFunc(p.Host.Variants, func(v Variant) bool { return len(v.Ours) > 0 })
+}
+
+// iptablesComesBack reports whether systemd could bring rules of iptables back, and no
+// table of nftables.
+func (p *Plan) iptablesComesBack() bool {
+	return p.Persist == PersistSystemd && p.Host.Persistence.NoTable != "" && len(p.iptables()) > 0
 }
 
 const loadsWith = "firewalld loads its direct rules with what iptables means on this host"

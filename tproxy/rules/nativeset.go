@@ -15,7 +15,7 @@ import (
 // says becomes Opaque, and so does what is Strange: which packets it concerns cannot be
 // told.
 func (n Native) Set() Set {
-	out := Set{}
+	out := Set{Only: n.only()}
 	strange := n.Strange
 	for i := range n.Chains {
 		if !n.addChain(&out, &n.Chains[i]) {
@@ -27,7 +27,6 @@ func (n Native) Set() Set {
 			out.Bases[i].Rules = append([]Rule{unknown(strings.Join(strange, ", "))}, out.Bases[i].Rules...)
 		}
 	}
-	out.Only = n.only()
 	return out
 }
 
@@ -118,10 +117,17 @@ func (n Native) addChain(out *Set, c *NativeChain) bool {
 		return false
 	}
 	list := make([]Rule, 0, len(c.Rules))
-	for i := 0; i < len(c.Rules); i++ {
+	one := func(i int) Rule {
 		r := n.rule(&c.Rules[i])
+		if f := c.Rules[i].family(); f != 0 && out.Only == 0 && c.Rules[i].Unknown == "" {
+			r.limit(f)
+		}
+		return r
+	}
+	for i := 0; i < len(c.Rules); i++ {
+		r := one(i)
 		if i+1 < len(c.Rules) && c.Rules[i].family() == IPv4 && c.Rules[i+1].family() == IPv6 {
-			if both, ok := excepting(r, n.rule(&c.Rules[i+1])); ok {
+			if both, ok := excepting(r, one(i+1)); ok {
 				r, i = both, i+1
 			}
 		}
@@ -148,7 +154,7 @@ func unknown(what string) Rule {
 	return Rule{Matches: []Match{Opaque{what}}, Action: Opaque{what}}
 }
 
-// rule turns one back.
+// rule turns one back, but for the family that it is for.
 func (n Native) rule(r *NativeRule) Rule {
 	out := Rule{Action: r.Action, Why: r.Comment, Counter: r.Counter}
 	if r.Unknown != "" {
@@ -171,9 +177,6 @@ func (n Native) rule(r *NativeRule) Rule {
 		}
 	}
 	out.Normalize()
-	if f := r.family(); f != 0 && n.only() == 0 {
-		out.limit(f)
-	}
 	return out
 }
 
