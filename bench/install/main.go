@@ -67,19 +67,12 @@ func run(args []string) error {
 	if os.Geteuid() != 0 {
 		return errors.New("root is needed: network namespaces are made")
 	}
-	var cells []cell
-	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy, tproxy.NFTables} {
-		list := *sizes
-		if b == tproxy.NFTables && *more != "" {
-			list += "," + *more
-		}
-		for s := range strings.SplitSeq(list, ",") {
-			n, err := strconv.Atoi(s)
-			if err != nil || n < 0 || n > maxPorts {
-				return fmt.Errorf("-n %q: accepted is a list of numbers from 0 to %d", s, maxPorts)
-			}
-			cells = append(cells, cell{Backend: b, N: n, Listen: *listen})
-		}
+	cells, err := cellsOf(*sizes, *more)
+	if err != nil {
+		return err
+	}
+	for i := range cells {
+		cells[i].Listen = *listen
 	}
 	roles := []string{roleOurs, roleBare, roleBareAgain, roleNFT}
 	if *kumactl != "" {
@@ -92,24 +85,9 @@ func run(args []string) error {
 			cells[i].Kumactl = path
 		}
 	}
-	results := make([]result, len(cells))
-	for i, c := range cells {
-		// Outside of the measurement: it makes the scripts that bare is given,
-		// loads the kernel's modules and the programs into the page cache.
-		first, err := child(roleOurs, c)
-		if err != nil {
-			return err
-		}
-		cells[i].Scripts, cells[i].Bare = first.Scripts, first.Scripts
-		if c.Backend == tproxy.NFTables { // bare are the restores of the same config
-			c.Backend = tproxy.IPTablesNFT
-			other, err := child(roleOurs, c)
-			if err != nil {
-				return err
-			}
-			cells[i].Bare = other.Scripts
-		}
-		results[i] = result{cell: cells[i], times: map[string][ops][]time.Duration{}, processes: first.Processes}
+	results, err := before(cells)
+	if err != nil {
+		return err
 	}
 	start := time.Now()
 	for round := range *rounds {
@@ -145,6 +123,47 @@ func run(args []string) error {
 		return err
 	}
 	return os.WriteFile(*out, text.Bytes(), 0o644)
+}
+
+// cellsOf are the combinations of each backend with the sizes, and of nftables with more.
+func cellsOf(sizes, more string) (cells []cell, err error) {
+	for _, b := range []tproxy.Backend{tproxy.IPTablesNFT, tproxy.IPTablesLegacy, tproxy.NFTables} {
+		list := sizes
+		if b == tproxy.NFTables && more != "" {
+			list += "," + more
+		}
+		for s := range strings.SplitSeq(list, ",") {
+			n, err := strconv.Atoi(s)
+			if err != nil || n < 0 || n > maxPorts {
+				return nil, fmt.Errorf("size %q of -n or -more: accepted is a list of numbers from 0 to %d", s, maxPorts)
+			}
+			cells = append(cells, cell{Backend: b, N: n})
+		}
+	}
+	return cells, nil
+}
+
+// before makes the scripts that bare is given, outside of the measurement, and loads the
+// kernel's modules and the programs into the page cache.
+func before(cells []cell) ([]result, error) {
+	results := make([]result, len(cells))
+	for i, c := range cells {
+		first, err := child(roleOurs, c)
+		if err != nil {
+			return nil, err
+		}
+		cells[i].Scripts, cells[i].Bare = first.Scripts, first.Scripts
+		if c.Backend == tproxy.NFTables { // bare are the restores of the same config
+			c.Backend = tproxy.IPTablesNFT
+			other, err := child(roleOurs, c)
+			if err != nil {
+				return nil, err
+			}
+			cells[i].Bare = other.Scripts
+		}
+		results[i] = result{cell: cells[i], times: map[string][ops][]time.Duration{}, processes: first.Processes}
+	}
+	return results, nil
 }
 
 // child runs one sequence in a fresh network namespace, which goes with it.
