@@ -79,11 +79,11 @@ func inNamespace(path string, f func() error) (own bool, err error) {
 var nameFiles = []string{"/etc/nsswitch.conf", "/etc/passwd", "/var/run/nscd/socket"}
 
 // hideNames, on a thread of inNamespace's, keeps the programs that it starts from looking
-// for users, in a mount namespace that it alone has: iptables asks for a user of the name of each number that a
-// rule has (owner_mt_parse, extensions/libxt_owner.c), and behind that may be a daemon, a
-// network that is not there yet, or a module that loops (kumahq/kuma#11038). Where it
-// cannot be done the rules are the same: no user's name is a range, as which numbers are
-// written.
+// for users, in a mount namespace that it alone has: iptables asks for a user of the name
+// of each number that a rule has (owner_mt_parse, extensions/libxt_owner.c), and behind
+// that may be a daemon, a network that is not there yet, or a module that loops
+// (kumahq/kuma#11038). Where it cannot be done the rules are the same: no user's name is a
+// range, as which numbers are written.
 func hideNames(log *slog.Logger) {
 	err := unix.Unshare(unix.CLONE_NEWNS) // and CLONE_FS with it (unshare(2))
 	if err == nil {

@@ -126,6 +126,15 @@ func (k NativeKey) SetType() string {
 	return nativeKeys[k].set
 }
 
+// Address reports whether the key is an address of a packet.
+func (k NativeKey) Address() bool {
+	switch k {
+	case KeySource4, KeySource6, KeyDestination4, KeyDestination6:
+		return true
+	}
+	return false
+}
+
 // HostOrder reports whether the kernel holds values of the key in the machine's byte
 // order. A comparison with a range, and a look-up in a set of ranges, is of the value
 // turned to network byte order first, as nft does it.

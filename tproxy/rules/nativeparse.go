@@ -297,7 +297,7 @@ func (m *NativeMatch) parseValue(s string) error {
 		m.First = []byte(strings.Trim(s, `"`))
 		return CheckInterface(interfaceOf(m.First))
 	}
-	if p, err := netip.ParsePrefix(s); err == nil && m.isAddress() && p.Addr().BitLen() == m.Key.Size()*8 {
+	if p, err := netip.ParsePrefix(s); err == nil && m.Key.Address() && p.Addr().BitLen() == m.Key.Size()*8 {
 		r := prefixRange(p)
 		m.First = r.First
 		m.Mask = make([]byte, len(r.First))
@@ -331,7 +331,7 @@ func (k NativeKey) value(s string) ([]byte, error) {
 		return a.AsSlice(), nil
 	}
 	n, err := strconv.ParseUint(s, 0, k.Size()*8)
-	if err != nil || (NativeMatch{Key: k}).isAddress() {
+	if err != nil || k.Address() {
 		return nil, fmt.Errorf("%q: no value of %s", s, nativeKeys[k].text)
 	}
 	return binary.BigEndian.AppendUint64(nil, n)[8-k.Size():], nil

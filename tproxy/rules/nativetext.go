@@ -204,15 +204,7 @@ func (k NativeKey) unequal() string {
 }
 
 // isPrefix reports whether the match is about a prefix of addresses.
-func (m NativeMatch) isPrefix() bool { return m.Mask != nil && m.isAddress() }
-
-func (m NativeMatch) isAddress() bool {
-	switch m.Key {
-	case KeySource4, KeySource6, KeyDestination4, KeyDestination6:
-		return true
-	}
-	return false
-}
+func (m NativeMatch) isPrefix() bool { return m.Mask != nil && m.Key.Address() }
 
 // text writes a value, or the mask of one.
 func (k NativeKey) text(v []byte, mask bool) string {

@@ -600,7 +600,7 @@ func loaded(x *expression) (key rules.NativeKey, length int, ok bool) {
 		case l.expr == "payload" &&
 			x.is("payload", []uint16{payloadLen}, payloadDReg, reg1, payloadBase, l.key, payloadOffset, l.offset):
 			n, _ := x.number(payloadLen)
-			return k, int(n), n == l.length || address(k) && n > 0 && n < l.length
+			return k, int(n), n == l.length || k.Address() && n > 0 && n < l.length
 		}
 	}
 	return 0, 0, false

@@ -53,7 +53,7 @@ type setType struct {
 // shorter is the length of the prefix where the mask is whole bytes of ones and then
 // none, 0 where it is not: nft(8) then loads that much and masks nothing.
 func shorter(k rules.NativeKey, first, mask []byte) int {
-	if !address(k) {
+	if !k.Address() {
 		return 0
 	}
 	n := 0
@@ -66,12 +66,4 @@ func shorter(k rules.NativeKey, first, mask []byte) int {
 		}
 	}
 	return n
-}
-
-func address(k rules.NativeKey) bool {
-	switch k {
-	case rules.KeySource4, rules.KeyDestination4, rules.KeySource6, rules.KeyDestination6:
-		return true
-	}
-	return false
 }

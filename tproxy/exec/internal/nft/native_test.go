@@ -215,7 +215,7 @@ func drawMatch(t *rapid.T, sets []rules.NativeSet) []rules.NativeMatch {
 	case form == 1 && (m.Key == rules.KeyMark || m.Key == rules.KeyTCPFlags):
 		m.First, m.Mask = bytesOf("first"), bytesOf("mask")
 		m.Mask[0] &^= 1 // one of all bits is none
-	case form == 1 && address(m.Key):
+	case form == 1 && m.Key.Address():
 		m.First, m.Mask = bytesOf("first"), make([]byte, m.Key.Size())
 		for i := range rapid.IntRange(1, 8*len(m.Mask)-1).Draw(t, "bits") {
 			m.Mask[i/8] |= 0x80 >> (i % 8)
