@@ -131,7 +131,10 @@ func TestRefusedConnectionsAreForgotten(t *testing.T) {
 		}
 	}
 	tracked, ok, err := h.Conntrack(h.Host)
-	if err != nil || !ok {
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !ok {
 		t.Skip("no /proc/net/nf_conntrack")
 	}
 	if len(tracked) > 0 {
